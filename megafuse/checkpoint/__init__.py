@@ -1,0 +1,1 @@
+"""torch_dist checkpoints: written atomically, resumed exactly."""

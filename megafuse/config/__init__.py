@@ -1,0 +1,1 @@
+"""What a run is: frozen, validated once, dumped into the run folder."""

@@ -1,0 +1,1 @@
+"""Public files to groups, groups to a tokenised data set, groups to rows of tensors."""

@@ -1,0 +1,1 @@
+"""HF configuration to a megatron-core GPTModel with our own layer spec."""

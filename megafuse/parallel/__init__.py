@@ -1,0 +1,1 @@
+"""Process groups and layout: the only place that touches the global state of megatron-core."""

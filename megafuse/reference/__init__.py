@@ -1,0 +1,1 @@
+"""Forward-only log-probs of a whole data set, and their cache."""
