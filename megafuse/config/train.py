@@ -1,0 +1,135 @@
+"""What one training run is: `megafuse train run.toml --optim.lr 1e-5`."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megafuse.config.base import Config
+from megafuse.config.loss import LossConfig
+
+
+class ParallelConfig(Config):
+    """Layout of the ranks. Data parallel is what is left of the world size."""
+
+    tensor: int = Field(1, ge=1)
+    """Tensor-parallel ranks: divides attention heads, KV heads, and the MLP width."""
+    pipeline: int = Field(1, ge=1)
+    """Pipeline stages: divides the number of layers."""
+    sequence: bool = False
+    """Sequence parallelism: norms and residuals split over the tensor-parallel ranks (needs tensor > 1)."""
+
+    @model_validator(mode="after")
+    def _sequence_needs_tensor(self) -> "ParallelConfig":
+        if self.sequence and self.tensor == 1:
+            raise ValueError("parallel.sequence = true needs parallel.tensor > 1, got tensor = 1")
+        return self
+
+
+class ModelConfig(Config):
+    """The target model and how it is computed."""
+
+    path: Path
+    """Checkpoint folder written by `megafuse convert import` or by a training run."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Parameters and activations; the optimizer always keeps fp32 master weights."""
+    attention: Literal["auto", "sdpa", "te"] = "auto"
+    """Core attention: `sdpa` anywhere, `te` (Transformer Engine, CUDA, no prefix sharing). `auto` picks sdpa."""
+    layers: Literal["auto", "torch", "te"] = "auto"
+    """Norms and linear layers: `te` where Transformer Engine is usable on CUDA, else mcore's own (`torch`)."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation: `selective` redoes core attention, `full` every layer."""
+
+
+class DataConfig(Config):
+    """Which groups, and how they become rows."""
+
+    dataset: Path
+    """Folder written by `megafuse build`."""
+    max_row_tokens: int = Field(8192, ge=8)
+    """Tokens a packed row (one micro-batch) may hold. A group longer than this is refused."""
+    prefix_sharing: bool = True
+    """Compute a prompt once for all of its responses (exact). Off: every response carries its own copy."""
+
+
+class OptimConfig(Config):
+    """AdamW and its schedule."""
+
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of the schedule."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay after the warm-up."""
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    """Share of all steps spent warming up linearly."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay; norms and biases are exempt."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW first-moment decay."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """AdamW second-moment decay."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW epsilon."""
+    clip_grad: float = Field(1.0, ge=0)
+    """Global gradient-norm limit; 0 switches clipping off."""
+    distributed: bool = True
+    """Shard optimizer state over the data-parallel ranks (ZeRO-1)."""
+
+
+class CheckpointConfig(Config):
+    """When the run saves, and what it keeps."""
+
+    interval: int = Field(100, ge=0)
+    """Optimizer steps between checkpoints; 0 saves only at the end."""
+    keep: int = Field(2, ge=1)
+    """Newest complete checkpoints that stay on disk."""
+    final_optimizer: bool = True
+    """Store optimizer state in the last checkpoint too (off: weights only, a quarter of the size or less)."""
+
+
+class ReferenceConfig(Config):
+    """Where the reference log-probs of the preference losses come from."""
+
+    path: Path | None = None
+    """Cache written by `megafuse reference`. None: computed before the first step, into the run folder."""
+    model: Path | None = None
+    """Checkpoint of the reference policy; None: `model.path`, the policy that training starts from."""
+
+
+class ObserveConfig(Config):
+    """What the run tells its user."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+    wandb: bool = False
+    """Log to Weights & Biases (needs the extra `wandb`)."""
+    peak_tflops: float | None = Field(None, gt=0)
+    """Dense peak of one device in TFLOP/s, for MFU; None: known GPUs by name, no MFU elsewhere."""
+
+
+class TrainConfig(Config):
+    """One training run."""
+
+    run_dir: Path
+    """Run folder. Started again on the same folder, the run goes on from its newest checkpoint."""
+    model: ModelConfig
+    data: DataConfig
+    loss: LossConfig
+    optim: OptimConfig
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    observe: ObserveConfig = ObserveConfig()
+    global_batch_size: int = Field(128, ge=1)
+    """Prompts (groups) an optimizer step, over all ranks."""
+    epochs: int = Field(1, ge=1)
+    """Passes over the data set; the last batch of a pass may be smaller."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many optimizer steps; the schedule is laid out for the shorter run."""
+    seed: int = Field(0, ge=0)
+    """Order of the groups."""
+    on_nonfinite: Literal["halt", "skip"] = "halt"
+    """A NaN or infinite loss or gradient: stop with exit code 86, or skip the update on every rank and go on."""
+    max_consecutive_skips: int = Field(3, ge=1)
+    """With `skip`: consecutive skipped updates after which the run stops all the same."""

@@ -1,0 +1,72 @@
+"""The layer specification: which module stands for each part of a transformer layer.
+
+Without Transformer Engine: mcore's parallel linear layers, our RMSNorm and our core attention. With it: mcore's TE spec,
+whose core attention is replaced by ours unless the run asks for TE's. Both store the same checkpoint names.
+"""
+
+import functools
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megafuse.model.attention import BlockCache, RowAttention
+from megafuse.model.norm import RMSNorm
+
+# mcore stores every flavour under Transformer Engine's names, where a norm is part of the linear layer behind it
+CANONICAL_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def torch_layer(core_attention: Any) -> ModuleSpec:
+    """A layer of mcore's own parallel linear modules, for any device."""
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear, core_attention=core_attention, linear_proj=RowParallelLinear
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=CANONICAL_NAMES,
+        ),
+    )
+
+
+def te_layer(core_attention: Any | None) -> ModuleSpec:
+    """A layer of Transformer Engine's modules; `core_attention` None keeps TE's own."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    spec = get_gpt_layer_with_transformer_engine_spec()
+    if core_attention is not None:
+        spec.submodules.self_attention.submodules.core_attention = core_attention
+    return spec
+
+
+def block_spec(config: Any, *, layers: str, attention: str) -> TransformerBlockSubmodules:
+    """Specification of this pipeline stage's layers. layers: `torch` or `te`; attention: `sdpa` or `te`."""
+    core = functools.partial(RowAttention, blocks=BlockCache()) if attention == "sdpa" else None
+    if layers == "te":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer, norm = te_layer(core), TENorm
+    else:
+        layer, norm = torch_layer(core), RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)

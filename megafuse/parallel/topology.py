@@ -1,0 +1,145 @@
+"""Process groups of one run: who is where, and the few collectives that the rest of the package needs."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megafuse.config.train import ParallelConfig
+from megafuse.errors import ConfigError
+from megafuse.launch.environment import world_from_environment
+from megafuse.parallel.cpu_runtime import cpu_runtime
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this rank stands. Groups are torch process groups; sizes multiply to the world size."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    tp_group: Any
+    dp_group: Any
+    device: torch.device
+
+    @property
+    def is_first_stage(self) -> bool:
+        """This rank holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """This rank holds the LM head."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_reporter(self) -> bool:
+        """One rank a data-parallel replica: it holds the log-probs, and its tensor-parallel peers hold copies."""
+        return self.is_last_stage and self.tp_rank == 0
+
+    def sum_over_world(self, values: torch.Tensor) -> torch.Tensor:
+        """All-reduce (sum) over every rank, in place on this rank's device. Ranks with nothing to add pass zeros."""
+        values = values.to(self.device)
+        dist.all_reduce(values)
+        return values
+
+    def all_agree(self, ok: bool) -> bool:
+        """True when `ok` is true on every rank: one all-reduce (MIN)."""
+        flag = torch.tensor([1.0 if ok else 0.0]).to(self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return bool(flag.item() > 0)
+
+    def from_rank_zero(self, value: Any) -> Any:
+        """The picklable `value` of rank 0, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier()
+
+
+def check_layout(parallel: ParallelConfig, world_size: int) -> None:
+    """Refuse a layout that does not divide the world.
+
+    Raises:
+        ConfigError: naming the numbers that do not divide.
+    """
+    need = parallel.tensor * parallel.pipeline
+    if world_size % need:
+        raise ConfigError(
+            f"world size {world_size} is not divisible by parallel.tensor x parallel.pipeline = "
+            f"{parallel.tensor} x {parallel.pipeline} = {need}; start a multiple of {need} processes or change the layout"
+        )
+
+
+@contextlib.contextmanager
+def process_groups(timeout_minutes: float = 30.0) -> Iterator[tuple[int, int]]:
+    """Join the world (NCCL on CUDA, gloo elsewhere) and leave it at the end. Yields (rank, world size).
+
+    A world that the caller has already joined is used as it is and left alone.
+    """
+    if dist.is_initialized():
+        yield dist.get_rank(), dist.get_world_size()
+        return
+    environ = {**os.environ, **world_from_environment(dict(os.environ))}
+    rank, world = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    timeout = timedelta(minutes=timeout_minutes)
+    if "MASTER_ADDR" in environ:
+        method = f"tcp://{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}" if "RANK" not in os.environ else "env://"
+        dist.init_process_group(backend, init_method=method, rank=rank, world_size=world, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=rank, world_size=world, timeout=timeout)
+    try:
+        yield rank, world
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def layout(parallel: ParallelConfig, *, seed: int = 0) -> Iterator[Topology]:
+    """Lay `parallel` over the joined world, inside the CPU runtime where there is no CUDA; undone at the end.
+
+    Several layouts may follow each other in one world. Raises ConfigError when the layout does not divide it.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    check_layout(parallel, world)
+    with cpu_runtime():
+        parallel_state.initialize_model_parallel(
+            parallel.tensor, parallel.pipeline, create_gloo_process_groups=not torch.cuda.is_available()
+        )
+        try:
+            tensor_parallel.model_parallel_cuda_manual_seed(seed + 1)
+            cuda = torch.cuda.is_available()
+            yield Topology(
+                rank=rank,
+                world_size=world,
+                tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+                tp_size=parallel.tensor,
+                pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+                pp_size=parallel.pipeline,
+                dp_rank=parallel_state.get_data_parallel_rank(),
+                dp_size=parallel_state.get_data_parallel_world_size(),
+                tp_group=parallel_state.get_tensor_model_parallel_group(),
+                dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+                device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
+            )
+        finally:
+            parallel_state.destroy_model_parallel()
