@@ -1,0 +1,245 @@
+"""config.json -> ModelArch, by allow-list.
+
+A weight that is copied exactly still gives a wrong model when one number of the configuration is lost: rope scaling,
+epsilon, a bias, a window. So every key is either translated, required to have the one value that megafuse implements,
+or listed as unable to change the forward pass. Anything else is an UnsupportedModelError, never a default.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megafuse.errors import ConfigError, UnsupportedModelError
+from megafuse.model.arch import ModelArch, RopeScaling
+
+# Sizes that must be present: a silent default here would be another model.
+SIZES = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_attention_heads": "num_heads",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+}
+# Translated below, with the default of transformers' LlamaConfig where the key may be absent.
+TRANSLATED = {
+    *SIZES,
+    "architectures",
+    "dtype",
+    "head_dim",
+    "model_type",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "tie_word_embeddings",
+    "torch_dtype",
+}
+# Keys that change the forward pass: only these values are implemented. null means "absent" in every config.json.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False,),
+    "attention_bias": (False,),
+    "attention_dropout": (0, None),
+    "cross_attention_hidden_size": (None,),
+    "hidden_act": ("silu", "swish"),
+    "is_decoder": (False,),  # transformers' default; the causal class ignores it
+    "is_encoder_decoder": (False,),
+    "is_llama_config": (True,),
+    "layer_types": (None,),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1, None),
+    "pretraining_tp": (1, None),
+    "pruned_heads": ({}, None),
+    "quantization_config": (None,),
+    "rope_interleaved": (False,),
+    "sliding_window": (None,),
+    "tie_encoder_decoder": (False,),
+    "use_sliding_window": (False, None),
+}
+# Keys about generation, files and the Python objects around the model.
+HARMLESS = {
+    "_attn_implementation_autoset",
+    "_name_or_path",
+    "auto_map",
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "decoder_start_token_id",
+    "eos_token_id",
+    "finetuning_task",
+    "id2label",
+    "initializer_range",
+    "label2id",
+    "max_length",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "prefix",
+    "problem_type",
+    "return_dict",
+    "sep_token_id",
+    "task_specific_params",
+    "temperature",
+    "tokenizer_class",
+    "top_k",
+    "top_p",
+    "torchscript",
+    "transformers.js_config",
+    "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_bfloat16",
+    "use_cache",
+}
+ARCHITECTURES = {"LlamaForCausalLM": "llama"}
+DTYPES = ("bfloat16", "float16", "float32")
+ROPE_TYPES = ("default", "llama3")
+LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def read_hf_config(folder: str | Path) -> ModelArch:
+    """Translate `folder/config.json`.
+
+    Raises ConfigError where the file is missing or is no JSON object, UnsupportedModelError (naming key, value and the
+    known ones) for what no rule covers.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} does not exist; fix: give a Hugging Face model folder or a converted checkpoint"
+        ) from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} holds a {type(config).__name__}, not an object")
+    return parse_hf_config(config)
+
+
+def parse_hf_config(config: Mapping[str, Any]) -> ModelArch:
+    """Translate the contents of a config.json; see `read_hf_config`."""
+    architecture = _architecture(config)
+    for key, value in config.items():
+        if key in FIXED:
+            if not any(_same(value, allowed) for allowed in FIXED[key]):
+                _refuse(key, value, FIXED[key])
+        elif key not in TRANSLATED and key not in HARMLESS:
+            _refuse_key(key, value)
+    sizes = {field: _positive_int(config, key) for key, field in SIZES.items()}
+    heads, hidden = sizes["num_heads"], sizes["hidden_size"]
+    kv_heads = _positive_int(config, "num_key_value_heads", default=heads)
+    if heads % kv_heads:
+        _refuse("num_key_value_heads", kv_heads, (f"a divisor of num_attention_heads={heads}",))
+    if config.get("head_dim") is None and hidden % heads:
+        _refuse("hidden_size", hidden, (f"a multiple of num_attention_heads={heads}, or an explicit head_dim",))
+    tied = config.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        _refuse("tie_word_embeddings", tied, (True, False))
+    theta, scaling = _rope(config)
+    return ModelArch(
+        architecture=architecture,
+        num_kv_heads=kv_heads,
+        head_dim=_positive_int(config, "head_dim", default=hidden // heads),
+        rms_norm_eps=_positive_float(config, "rms_norm_eps", default=1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_word_embeddings=tied,
+        torch_dtype=_dtype(config),
+        **sizes,
+    )
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    names = config.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
+        _refuse("architectures", names, tuple([name] for name in ARCHITECTURES))
+    if config.get("model_type") != ARCHITECTURES[names[0]]:
+        _refuse("model_type", config.get("model_type"), (ARCHITECTURES[names[0]],))
+    return str(names[0])
+
+
+def _dtype(config: Mapping[str, Any]) -> str:
+    """`torch_dtype` (transformers 4) or `dtype` (5); float32 where neither is given, as transformers does."""
+    found = {str(config[key]) for key in ("torch_dtype", "dtype") if config.get(key) is not None}
+    if len(found) > 1:
+        raise UnsupportedModelError(f"config.json: torch_dtype and dtype disagree: {sorted(found)}; fix: keep one")
+    name = found.pop() if found else "float32"
+    if name not in DTYPES:
+        _refuse("dtype", name, DTYPES)
+    return name
+
+
+def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Rotary base and scaling, from `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
+    both = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key) is not None]
+    for value in both:
+        if not isinstance(value, dict):
+            _refuse("rope_parameters", value, ("an object", None))
+    if len(both) == 2:
+        old, new = ({k: v for k, v in value.items() if k != "rope_theta"} for value in both)
+        if old != new:
+            raise UnsupportedModelError(
+                f"config.json: rope_scaling={old} and rope_parameters={new} disagree; fix: keep the one that is meant"
+            )
+    rope = dict(both[-1]) if both else {}
+    bases = [s["rope_theta"] for s in (config, *both) if s.get("rope_theta") is not None]
+    if any(base != bases[0] for base in bases):
+        raise UnsupportedModelError(f"config.json: rope_theta is given with different values {bases}; fix: keep one")
+    theta = _positive_float({"rope_theta": bases[0]} if bases else {}, "rope_theta", default=10000.0)
+    rope.pop("rope_theta", None)
+
+    kinds = {rope.pop(key) for key in ("rope_type", "type") if key in rope}
+    if len(kinds) > 1 or not kinds <= set(ROPE_TYPES):
+        _refuse("rope_type", sorted(map(str, kinds)), ROPE_TYPES)
+    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+        _refuse("partial_rotary_factor", "not 1", (1.0,))
+    if kinds != {"llama3"}:
+        if rope:  # a factor without a type: transformers would ignore it, the author meant something
+            _refuse("rope_parameters", rope, ("{} besides rope_theta for rope_type default",))
+        return theta, None
+    if set(rope) != set(LLAMA3_KEYS):
+        _refuse("rope_parameters", rope, ("exactly " + ", ".join(LLAMA3_KEYS),))
+    low, high = (_positive_float(rope, key) for key in ("low_freq_factor", "high_freq_factor"))
+    if high <= low:  # the interpolation would divide by zero or run backwards
+        _refuse("high_freq_factor", high, (f"greater than low_freq_factor={low}",))
+    original = _positive_int(rope, "original_max_position_embeddings")
+    return theta, RopeScaling(_positive_float(rope, "factor"), low, high, original)
+
+
+def _positive_int(config: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        _refuse(key, value, ("a positive integer",))
+    return value
+
+
+def _positive_float(config: Mapping[str, Any], key: str, *, default: float | None = None) -> float:
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        _refuse(key, value, ("a positive number",))
+    return float(value)
+
+
+def _same(value: Any, allowed: Any) -> bool:
+    """Equality that keeps False apart from 0, but lets 0 and 0.0 be one value."""
+    return isinstance(value, bool) == isinstance(allowed, bool) and bool(value == allowed)
+
+
+def _refuse(key: str, value: Any, known: tuple[Any, ...]) -> NoReturn:
+    names = " or ".join(item if isinstance(item, str) else json.dumps(item) for item in known)
+    raise UnsupportedModelError(f"config.json: {key} = {json.dumps(value)} is not supported; known: {names}")
+
+
+def _refuse_key(key: str, value: Any) -> NoReturn:
+    raise UnsupportedModelError(
+        f"config.json: unknown key {key} = {json.dumps(value)}: it could change the forward pass, and no rule says how; "
+        f"known: {', '.join(sorted(TRANSLATED | set(FIXED)))}; "
+        f"if it cannot change the forward pass, add it to HARMLESS in converters/hf_config.py"
+    )

@@ -1,0 +1,75 @@
+"""What a model is: the frozen record between a Hugging Face `config.json` and the model builder.
+
+Nothing here knows a layout, a runtime or a weight. `read_arch` is the one way in: it goes through the allow-list of
+`megafuse.converters.hf_config`, so every number below was understood, not defaulted.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3 frequency scaling of rotary embeddings (`rope_type: llama3`), any values.
+
+    With wavelength w = 2 pi / inv_freq: w < original/high keeps inv_freq, w > original/low divides it by `factor`,
+    between them it is interpolated in original/w. megatron-core hard-codes low 1, high 4 and original 8192; the model
+    builder, not this record, has to deal with that.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class ModelArch:
+    """A decoder-only Llama-family model: RMSNorm, rotary positions, grouped-query attention, SiLU-gated MLP, no biases.
+
+    Shapes that follow from the fields (HF names, [out, in]): q_proj [num_heads * head_dim, hidden_size], k_proj and
+    v_proj [num_kv_heads * head_dim, hidden_size], o_proj [hidden_size, num_heads * head_dim], gate_proj and up_proj
+    [ffn_hidden_size, hidden_size], down_proj [hidden_size, ffn_hidden_size], embed_tokens [vocab_size, hidden_size].
+
+    Attributes:
+        architecture: the HF class name, the key into the converters' table, e.g. `LlamaForCausalLM`.
+        num_layers: decoder layers.
+        hidden_size: width of the residual stream.
+        ffn_hidden_size: width of the gated MLP.
+        num_heads: query heads.
+        num_kv_heads: key/value heads; divides `num_heads`.
+        head_dim: width of one head; `num_heads * head_dim` may differ from `hidden_size`.
+        vocab_size: rows of the embedding, never padded.
+        max_position_embeddings: the longest sequence that the model claims, in tokens.
+        rms_norm_eps: epsilon inside the square root of every RMSNorm.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: None, or llama3 scaling.
+        tie_word_embeddings: the output layer is the embedding.
+        torch_dtype: what the weights are stored in: `bfloat16`, `float16` or `float32`.
+    """
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    tie_word_embeddings: bool
+    torch_dtype: str
+
+
+def read_arch(path: str | Path) -> ModelArch:
+    """The architecture of a Hugging Face folder or of a checkpoint folder (which keeps `hf/config.json`).
+
+    Raises UnsupportedModelError for a key or value that no rule covers, ConfigError where there is no config.json.
+    """
+    from megafuse.converters.hf_config import read_hf_config  # here: hf_config itself imports ModelArch from this file
+
+    folder = Path(path)
+    return read_hf_config(folder / "hf" if (folder / "hf" / "config.json").is_file() else folder)
