@@ -1,0 +1,153 @@
+"""Per-token log-probs under a large, possibly tensor-parallel vocabulary, and their sums per response.
+
+Numerics of the `torch` backend: logits are the matrix product in the dtype of the parameters, as megatron-core's output
+layer computes them, then every operation on them is float32; float64 inputs stay float64 throughout and serve as the
+oracle. Log-probs never exceed 0. Backward has no float32 logits either: the kept logits become their gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megafuse.errors import ConfigError, DataError
+from megafuse.kernels._logprob_torch import LinearLogprobs, LinearOptions, RowMap, VocabParallelLogprobs
+from megafuse.kernels._segments import segment_logprobs
+from megafuse.kernels._vocab_softmax import Head
+
+__all__ = ["linear_logprobs", "segment_logprobs", "vocab_parallel_logprobs"]
+
+BACKENDS = ("auto", "torch")
+
+
+def vocab_parallel_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    vocab_start: int = 0,
+    group: dist.ProcessGroup | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    inplace_backward: bool = False,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """Log-probs [T] float32 of `targets [T]` (global ids) under `logits [T, V_local]`.
+
+    This rank's columns are the ids `vocab_start ...`; `group` holds the other ranks' (shards may be uneven, even
+    empty). Ids from `vocab_size` on are padding: outside the softmax, with gradient 0. Logits become
+    `softcap * tanh(logits / softcap) / temperature` first. One all_gather of [3, T] forward, no communication backward.
+    `inplace_backward` writes the gradient into the memory of `logits`: a second backward is then refused by autograd.
+
+    Raises ConfigError on options or shapes that cannot work, DataError on a target outside the vocabulary. Targets are
+    only looked at on a CPU; on CUDA, where looking would stop the device, such a target has log-prob -inf.
+    """
+    if logits.ndim != 2 or targets.shape != logits.shape[:1]:
+        raise ConfigError(f"logits {list(logits.shape)} must be [T, V] and targets {list(targets.shape)} [T]")
+    head = _head(logits.shape[1], vocab_start, vocab_size, group, temperature, softcap)
+    _check_targets(targets, head, vocab_size)
+    logp = VocabParallelLogprobs.apply(logits, targets, head, inplace_backward)
+    return _owned_somewhere(logp, targets, head, vocab_size)
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    row_index: Tensor | None = None,
+    vocab_start: int = 0,
+    tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    workspace_bytes: int = 1 << 30,
+    backend: str = "auto",
+    vocab_size: int | None = None,
+) -> Tensor:
+    """Log-probs [T] float32 of `targets [T]` under the logits `hidden @ weight.T`, which are never all in memory.
+
+    `hidden [T_h, H]` is the same on all ranks of `tp_group`, or, with `sequence_parallel`, this rank's T_h / tp rows of
+    the sequence. `weight [V_local, H]` holds the ids `vocab_start ...`. `row_index [T]` names the row of the whole
+    sequence that predicts each target (default: row t predicts target t); each distinct row is multiplied once however
+    often it occurs. It is needed on the host: pass it on the CPU, or a CUDA stream is waited for.
+
+    At most `workspace_bytes` of logits exist at once (one row at least). If all rows fit they are kept for backward,
+    otherwise backward computes them again. Gradients: `weight` accumulates in float32 over the chunks and is rounded
+    once; `hidden` is summed over `tp_group` in float32 (all-reduce, or reduce-scatter with `sequence_parallel`). A call
+    without targets takes part in every collective and gives zero gradients. Other arguments and errors: see
+    `vocab_parallel_logprobs`; DataError also on a `row_index` outside the sequence, ConfigError on an unknown `backend`.
+    """
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend={backend!r} is not available here: use one of {', '.join(BACKENDS)}")
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.ndim != 1:
+        raise ConfigError(
+            f"hidden {list(hidden.shape)} must be [T_h, H], weight {list(weight.shape)} [V, H], "
+            f"targets {list(targets.shape)} [T]"
+        )
+    if hidden.dtype != weight.dtype:
+        raise ConfigError(f"hidden is {hidden.dtype} but weight is {weight.dtype}: cast one of them")
+    if workspace_bytes <= 0:
+        raise ConfigError(f"workspace_bytes={workspace_bytes} must be positive")
+    head = _head(weight.shape[0], vocab_start, vocab_size, tp_group, temperature, softcap)
+    _check_targets(targets, head, vocab_size)
+    sequence = hidden.shape[0] * (head.group.size() if sequence_parallel and head.group is not None else 1)
+    rows = _row_map(row_index, targets, sequence, hidden.device)
+    options = LinearOptions(head, rows, sequence_parallel, workspace_bytes, torch.is_grad_enabled())
+    logp = LinearLogprobs.apply(hidden, weight, targets, options)
+    return _owned_somewhere(logp, targets, head, vocab_size)
+
+
+def _head(
+    columns: int,
+    start: int,
+    vocab_size: int | None,
+    group: dist.ProcessGroup | None,
+    temperature: float,
+    softcap: float | None,
+) -> Head:
+    if not temperature > 0:
+        raise ConfigError(f"temperature={temperature} must be positive")
+    if softcap is not None and not softcap > 0:
+        raise ConfigError(f"softcap={softcap} must be positive, or None for no soft cap")
+    valid = columns if vocab_size is None else min(max(vocab_size - start, 0), columns)
+    return Head(start, valid, temperature, softcap, group if group is not None and group.size() > 1 else None)
+
+
+def _check_targets(targets: Tensor, head: Head, vocab_size: int | None) -> None:
+    """Refuse ids outside the vocabulary where this rank alone can tell; all ranks decide alike, so none hangs."""
+    if targets.device.type != "cpu" or targets.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(targets))
+    size = vocab_size if vocab_size is not None else None if head.group is not None else head.start + head.columns
+    floor = head.start if head.group is None else 0
+    if low < floor or (size is not None and high >= size):
+        bad = low if low < floor else high
+        raise DataError(f"target id {bad} is outside the vocabulary of {size or 'all shards'} ids (from {floor})")
+
+
+def _owned_somewhere(logp: Tensor, targets: Tensor, head: Head, vocab_size: int | None) -> Tensor:
+    """Refuse ids that no rank owns, where the vocabulary's size was not given: known after the collective."""
+    if vocab_size is None and head.group is not None and logp.device.type == "cpu" and bool((logp == -torch.inf).any()):
+        bad = int(targets[logp == -torch.inf][0])
+        raise DataError(f"target id {bad} has log-prob -inf: no rank's vocabulary shard holds it, or its logit is -inf")
+    return logp
+
+
+def _row_map(row_index: Tensor | None, targets: Tensor, sequence: int, device: torch.device) -> RowMap:
+    if row_index is None:
+        if targets.shape[0] != sequence:
+            raise ConfigError(f"{targets.shape[0]} targets for {sequence} hidden rows: pass row_index")
+        return RowMap(None, None, None, sequence)
+    if row_index.shape != targets.shape:
+        raise ConfigError(f"row_index {list(row_index.shape)} must have the shape of targets {list(targets.shape)}")
+    rows, inverse = torch.unique(row_index.detach().to("cpu", torch.int64), return_inverse=True)
+    if rows.numel() and not 0 <= int(rows[0]) <= int(rows[-1]) < sequence:
+        bad = int(rows[0]) if int(rows[0]) < 0 else int(rows[-1])
+        raise DataError(f"row_index holds {bad}, outside the {sequence} hidden rows")
+    order = torch.arange(inverse.numel())
+    first = torch.zeros_like(rows).scatter_reduce_(0, inverse, order, "amin", include_self=False)
+    index = None if rows.numel() == sequence else rows.to(device, non_blocking=True)
+    if rows.numel() == inverse.numel() and torch.equal(inverse, order):
+        return RowMap(index, None, None, rows.numel())
+    return RowMap(index, inverse.to(device, non_blocking=True), first.to(device, non_blocking=True), rows.numel())
