@@ -1,0 +1,139 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megafuse.errors import ConfigError
+from megafuse.model.arch import ModelArch
+from megafuse.observe.flops import device_peak_flops, flops_per_token, group_pairs, mfu, model_flops
+
+
+def sizes_of(
+    layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, head_dim: int, vocab: int, tied: bool = False
+) -> ModelArch:
+    return ModelArch(
+        architecture="LlamaForCausalLM",
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=ffn,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        rope_scaling=None,
+        tie_word_embeddings=tied,
+        torch_dtype="bfloat16",
+    )
+
+
+LLAMA_8B = sizes_of(32, 4096, 14336, 32, 8, 128, 128256)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        sizes_of(2, 64, 160, 4, 2, 16, 257),
+        sizes_of(3, 48, 100, 6, 1, 32, 99, tied=True),  # heads wider than the model
+    ],
+)
+@pytest.mark.parametrize("kept", [0, 5])
+def test_against_torch_counter(sizes: ModelArch, kept: int) -> None:
+    """torch counts every matrix product that runs: dense attention (all S^2 pairs), logits of the last `kept` rows."""
+    config = LlamaConfig(
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.ffn_hidden_size,
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.num_heads,
+        num_key_value_heads=sizes.num_kv_heads,
+        head_dim=sizes.head_dim,
+        vocab_size=sizes.vocab_size,
+        tie_word_embeddings=sizes.tie_word_embeddings,
+        attn_implementation="eager",
+    )
+    model = LlamaForCausalLM(config)
+    batch, length = 3, 23
+    ids = torch.randint(sizes.vocab_size, (batch, length))
+    head_rows = batch * (kept or length)
+    numbers = {"tokens": batch * length, "head_rows": head_rows, "pairs": batch * length**2}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(ids, logits_to_keep=kept)
+    assert counter.get_total_flops() == model_flops(sizes, **numbers, backward=False)
+    with FlopCounterMode(display=False) as counter:
+        model(ids, logits_to_keep=kept).logits.sum().backward()
+    assert counter.get_total_flops() == model_flops(sizes, **numbers)
+
+
+def test_linear_flops_are_two_a_parameter() -> None:
+    """Llama-3.1-8B: 8,030,261,248 parameters, of which embeddings, LM head and norms are known."""
+    linear = 8_030_261_248 - 2 * 128256 * 4096 - (2 * 32 + 1) * 4096
+    assert flops_per_token(LLAMA_8B) == 2 * linear
+    assert model_flops(LLAMA_8B, 7, 0, 0) == 6 * 7 * linear
+    assert model_flops(LLAMA_8B, 0, 3, 0) == 6 * 3 * 128256 * 4096
+
+
+def test_pairs_against_the_mask_itself() -> None:
+    rng = np.random.default_rng()
+    for _ in range(20):
+        prompt, responses = int(rng.integers(1, 9)), rng.integers(0, 9, size=rng.integers(1, 6))
+        segment = np.repeat(np.arange(1 + len(responses)), [prompt, *responses])
+        parent = np.where(segment > 0, 0, segment)
+        place = np.arange(len(segment))
+        causal = place[:, None] >= place[None]
+        seen = causal & ((segment[:, None] == segment[None]) | (parent[:, None] == segment[None]))
+        assert group_pairs(prompt, responses.tolist(), True) == seen.sum()
+        alone = [np.tri(prompt + r, dtype=int).sum() for r in responses]
+        assert group_pairs(prompt, responses.tolist(), False) == sum(alone)
+
+
+def test_mfu() -> None:
+    assert mfu(989e12 * 4, 2.0, 8, 989e12) == pytest.approx(0.25)
+    assert mfu(1e12, 1.0, 1, None) is None
+    for seconds, devices, peak in ((0.0, 1, 1e12), (1.0, 0, 1e12), (1.0, 1, -1.0)):
+        with pytest.raises(ConfigError, match="peak_tflops"):
+            mfu(1e12, seconds, devices, peak)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA H800", 989),
+        ("NVIDIA H20", 148),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A800-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090", None),
+        ("cpu", None),
+        ("AMD EPYC 9B14", None),
+    ],
+)
+def test_device_peaks(name: str, tflops: float | None) -> None:
+    expected = None if tflops is None else tflops * 1e12
+    assert device_peak_flops(name, "torch.bfloat16") == device_peak_flops(name, "float16") == expected
+    assert device_peak_flops(name, "float32") is None
+
+
+def test_sharing_costs_less_and_never_more() -> None:
+    small = replace(LLAMA_8B, num_layers=1)
+    responses = [100, 30]
+    shared = model_flops(small, 50 + 130, 130, group_pairs(50, responses, True))
+    copied = model_flops(small, 2 * 50 + 130, 130, group_pairs(50, responses, False))
+    assert shared < copied
+    assert group_pairs(50, [100], True) == group_pairs(50, [100], False)
