@@ -20,8 +20,10 @@ setup(
         Pybind11Extension(
             "megafuse.kernels._C",
             ["megafuse/kernels/csrc/packer.cpp"],
+            depends=[f"megafuse/kernels/csrc/{name}.hpp" for name in ("packing", "balance", "cost")],
             cxx_std=17,
-            extra_compile_args=["-O3"],
+            # No fused multiply-add: plans and costs are the same bits on every machine.
+            extra_compile_args=["-O3", "-ffp-contract=off"],
         )
     ],
     cmdclass={"build_ext": build_ext},
