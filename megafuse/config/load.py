@@ -186,17 +186,15 @@ def _complaints(error: ValidationError, prefix: str = "") -> Iterator[str]:
 
 
 def _nearest(name: str, root: type[Config]) -> str:
-    """'; did you mean X?' where a known dotted name, or the last part of one, looks like `name`."""
-    parent = name.rpartition(".")[0]
-    known = [dotted for dotted in _dotted_names(root) if dotted != parent]
-    close = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.75)
-    if not close:  # a right name in the wrong table
-        last = {dotted.rpartition(".")[2]: dotted for dotted in reversed(known)}
-        close = [last[n] for n in difflib.get_close_matches(name.rpartition(".")[2], list(last), n=1, cutoff=0.75)]
-    if close:
-        return f"; did you mean {close[0]}?"
-    siblings = [d for d in known if d.rpartition(".")[0] == parent]
-    return f"; {parent or 'the top level'} has {', '.join(d.rpartition('.')[2] for d in siblings)}"
+    """'; did you mean X?': a neighbour, else a field of another table, that looks like `name`; else the neighbours."""
+    parent, _, last = name.replace("-", "_").rpartition(".")
+    known = [(dotted, *dotted.rpartition(".")[::2]) for dotted in _dotted_names(root)]
+    siblings = {field: dotted for dotted, table, field in known if table == parent}
+    anywhere = {field: dotted for dotted, _, field in reversed(known)}  # the first of equal names wins
+    for candidates in (siblings, anywhere, {} if parent else {dotted: dotted for dotted, _, _ in known}):
+        for close in difflib.get_close_matches(last, candidates, n=1):
+            return f"; did you mean {candidates[close]}?"
+    return f"; {parent or 'the top level'} has {', '.join(siblings)}"
 
 
 def _dotted_names(cls: type[Config], prefix: str = "") -> Iterator[str]:
@@ -253,8 +251,9 @@ def _config_as_dict(info: StructTypeInfo) -> StructConstructorSpec | None:
 
 
 def _flag_type(field: FieldInfo) -> Any:
+    """The annotation with its metadata, so that `tyro.conf` markers in a config class have their effect."""
     file_only = _section(field.annotation) is None and _holds_config(field.annotation)
-    return Annotated[field.annotation, tyro.conf.Fixed] if file_only else field.annotation
+    return Annotated[(field.annotation, *field.metadata, *([tyro.conf.Fixed] if file_only else []), None)]
 
 
 # ---- writing

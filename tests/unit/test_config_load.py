@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from pydantic import Field, model_validator
+
 from megafuse.config.base import Config
 from megafuse.config.load import dump_toml, load, parse, read_files
 from megafuse.errors import ConfigError
-from pydantic import Field, model_validator
 
 
 class Adam(Config):
@@ -63,9 +64,9 @@ class Run(Config):
     """Name."""
     steps: int | None = None
     """Steps."""
-    weights: dict[str, float] = {}
+    weights: dict[str, float] = Field(default_factory=dict)
     """Per source."""
-    sources: list[Source] = []
+    sources: list[Source] = Field(default_factory=list)
     """Sources."""
 
 
@@ -162,7 +163,7 @@ def test_missing_required_field(tmp_path: Path, capsys: pytest.CaptureFixture[st
         run()
     assert caught.value.code == 2
     assert "--data" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="^data is required: set it in a file, or with --data$"):
+    with pytest.raises(ConfigError, match=r"^data is required: set it in a file, or with --data$"):
         load(Run, write(tmp_path, "name = 'x'"))
 
 

@@ -1,0 +1,1 @@
+"""What this machine has for megafuse, what is broken, and the command that repairs it."""

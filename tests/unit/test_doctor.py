@@ -1,0 +1,118 @@
+"""megafuse doctor: what it says of good, absent, broken and mistaken packages."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megafuse.cli.main import main
+from megafuse.doctor import software
+from megafuse.doctor.finding import Finding, guarded, try_import
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def package(folder: Path, name: str, files: dict[str, str]) -> Path:
+    for file, text in files.items():
+        path = folder / name / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def doctor_json(*shadow: Path) -> tuple[int, dict[str, dict[str, object]]]:
+    path = os.pathsep.join(map(str, [*shadow, ROOT]))
+    env = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "megafuse", "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd="/", check=False)
+    report = json.loads(done.stdout)
+    assert report["usable"] == (done.returncode == 0)
+    return done.returncode, {finding["name"]: finding for finding in report["findings"]}
+
+
+def test_here_the_core_is_usable(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for name in ("Python", "torch", "megatron-core", "gloo", "Slurm", "vLLM", "NeMo-Run", "math-verify", "CPU"):
+        assert name in text
+    assert "megafuse can run here." in text
+
+
+def test_a_broken_torch_is_reported_not_raised(tmp_path: Path) -> None:
+    package(tmp_path, "torch", {"__init__.py": "raise ImportError('libcudart.so.99: cannot open shared object file')"})
+    status, findings = doctor_json(tmp_path)
+    assert status == 1
+    assert findings["torch"]["status"] == "problem" and "libcudart.so.99" in str(findings["torch"]["detail"])
+    assert findings["machine"]["status"] == "ok"
+
+
+def test_a_probe_that_exits_is_a_finding() -> None:
+    def leave() -> Finding:
+        raise SystemExit("gone")
+
+    found = guarded("x", leave, core=True)
+    assert (found.status, found.detail, found.core) == ("problem", "SystemExit: gone", True)
+
+
+def test_try_import_survives_a_crash_and_a_hang() -> None:
+    assert try_import("import json") == ""
+    assert try_import("import no_such_thing") == "ModuleNotFoundError: No module named 'no_such_thing'"
+    assert "status -6" in try_import("import os; os.abort()")
+    assert "took more than" in try_import("import time; time.sleep(60)", seconds=0.5)
+
+
+def test_the_other_apex_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = package(tmp_path / "other", "apex", {"__init__.py": "", "lib/libapex.py": ""})
+    nvidia = package(tmp_path / "nvidia", "apex", {"__init__.py": "", "optimizers/fused_adam.py": ""})
+    assert software.apex().status == "absent"
+    for folder, words in ((other, "another project of the same name"), (nvidia, "amp_C")):
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(str(folder))
+            patch.setenv("PYTHONPATH", str(folder))
+            importlib.invalidate_caches()
+            found = software.apex()
+        assert found.status == "problem" and words in found.detail and "pip uninstall apex" in found.fix
+        assert "apex" not in sys.modules
+
+
+def test_a_folder_that_poses_as_hugging_face_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if software.version("kernels"):
+        pytest.skip("Hugging Face kernels is installed here")
+    package(tmp_path, "kernels", {"__init__.py": ""})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    assert software.hf_kernels().status == "problem"
+    (tmp_path / "kernels" / "__init__.py").unlink()
+    importlib.invalidate_caches()
+    assert software.hf_kernels().status == "ok"
+
+
+def test_a_version_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(software.REQUIRED, "megatron-core", ">=99")
+    monkeypatch.setitem(software.REQUIRED, "no-such-distribution", "")
+    found = software.requirements()
+    assert found.status == "problem" and found.core
+    assert "is outside >=99" in found.detail and "no-such-distribution is not installed" in found.detail
+
+
+def test_ranges_are_those_of_pyproject() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    plain = {d.partition(";")[0].strip() for d in declared if "platform" not in d and "python_version" not in d}
+    assert {name + wanted for name, wanted in software.REQUIRED.items()} == plain
+
+
+def test_transformer_engine_that_is_there_but_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path, "transformer_engine", {"__init__.py": "", "pytorch.py": "raise OSError('libcuda.so.1')"})
+    info = tmp_path / "transformer_engine-2.9.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: transformer-engine\nVersion: 2.9\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    importlib.invalidate_caches()
+    found = software.transformer_engine()
+    assert found.status == "problem" and "2.9: OSError: libcuda.so.1" in found.detail
