@@ -30,6 +30,7 @@ class Topology:
     dp_size: int
     tp_group: Any
     dp_group: Any
+    groups: Any  # mcore's ProcessGroupCollection
     device: torch.device
 
     @property
@@ -63,6 +64,12 @@ class Topology:
         """The picklable `value` of rank 0, on every rank."""
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def from_last_stage(self, value: Any) -> Any:
+        """The picklable `value` of the highest rank, which always holds the LM head, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=self.world_size - 1, device=self.device)
         return box[0]
 
     def barrier(self) -> None:
@@ -118,6 +125,7 @@ def layout(parallel: ParallelConfig, *, seed: int = 0) -> Iterator[Topology]:
     Several layouts may follow each other in one world. Raises ConfigError when the layout does not divide it.
     """
     from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
     rank, world = dist.get_rank(), dist.get_world_size()
     check_layout(parallel, world)
@@ -139,6 +147,7 @@ def layout(parallel: ParallelConfig, *, seed: int = 0) -> Iterator[Topology]:
                 dp_size=parallel_state.get_data_parallel_world_size(),
                 tp_group=parallel_state.get_tensor_model_parallel_group(),
                 dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+                groups=ProcessGroupCollection.use_mpu_process_groups(),
                 device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
             )
         finally:

@@ -1,0 +1,105 @@
+"""The sharded state dict of a run, and mcore's dist_checkpointing around it."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+
+from megafuse.checkpoint.optimizer_state import fill_empty_state, keep_step_while_loading, unshare_steps
+from megafuse.parallel.topology import Topology
+from megafuse.training.optim import Engine
+
+
+def _metadata(topology: Topology) -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",  # readable at any layout
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": topology.dp_group,
+    }
+
+
+def model_state(model: Any, topology: Topology) -> dict[str, Any]:
+    """Sharded state dict of a bare model; keys are mcore's canonical names."""
+    return model.sharded_state_dict(metadata=_metadata(topology))
+
+
+def run_state(engine: Engine, topology: Topology, *, optimizer: bool, loading: bool) -> dict[str, Any]:
+    """Model, and with `optimizer` also optimizer, schedule and RNG, ready for dist_checkpointing."""
+    metadata = _metadata(topology)
+    model = model_state(engine.bare, topology)
+    state: dict[str, Any] = {"model": model}
+    state["content_metadata"] = {k: v for k, v in metadata.items() if k != "dp_cp_group"}
+    if optimizer:
+        fill_empty_state(engine.optimizer)
+        state["optimizer"] = engine.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
+        state["scheduler"] = engine.scheduler.state_dict()
+        place, world = topology.rank, topology.world_size
+        state["rng"] = ShardedObject("rng_state", rng_state(), (world,), (place,), replica_id=0)
+    return state
+
+
+def save_state(state: dict[str, Any], folder: Path) -> None:
+    """Write `state` as `torch_dist` into the existing, empty `folder`. Collective."""
+    dist_checkpointing.save(state, str(folder), get_default_save_sharded_strategy())
+
+
+def load_model(model: Any, topology: Topology, folder: Path) -> None:
+    """Load weights only, from an imported checkpoint or a training checkpoint of any layout. Collective."""
+    state = {"model": model_state(model, topology)}
+    loaded = dist_checkpointing.load(state, str(folder), get_default_load_sharded_strategy(str(folder)))
+    model.load_state_dict(loaded["model"], strict=True)
+
+
+def load_run(engine: Engine, topology: Topology, folder: Path, *, same_layout: bool) -> None:
+    """Restore model, optimizer and schedule; the RNG too when the checkpoint was written at this layout. Collective."""
+    state = run_state(engine, topology, optimizer=True, loading=True)
+    if not same_layout:
+        state.pop("rng")
+    loaded = dist_checkpointing.load(state, str(folder), get_default_load_sharded_strategy(str(folder)))
+    engine.bare.load_state_dict(loaded["model"], strict=True)
+    keep_step_while_loading(engine.optimizer)
+    engine.optimizer.load_state_dict(loaded["optimizer"])
+    unshare_steps(engine.optimizer)
+    engine.scheduler.num_steps = 0  # loading advances by the stored count
+    engine.scheduler.load_state_dict(loaded["scheduler"])
+    if same_layout:
+        restore_rng(loaded["rng"])
+
+
+def rng_state() -> dict[str, Any]:
+    """State of every generator that a run could draw from."""
+    from megatron.core import tensor_parallel
+
+    kind, keys, place, has_gauss, gauss = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), place, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "tensor_parallel": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """The inverse of `rng_state`."""
+    from megatron.core import tensor_parallel
+
+    kind, keys, place, has_gauss, gauss = state["numpy"]
+    random.setstate(state["python"])
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), place, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tensor_parallel"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+

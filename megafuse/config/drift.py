@@ -1,0 +1,47 @@
+"""A run goes on with the configuration that it began with, or says what has changed."""
+
+from pathlib import Path
+from typing import Any
+
+from megafuse.config.load import dump_toml, read_toml
+from megafuse.config.train import TrainConfig
+from megafuse.errors import ConfigError
+
+CONFIG_FILE = "config.toml"
+# what may change between two starts of one run without changing a single number of it
+FREE = ("checkpoint", "observe", "on_nonfinite", "max_consecutive_skips", "run_dir", "parallel", "model.recompute")
+
+
+def refuse_drift(config: TrainConfig) -> None:
+    """Write the resolved config into a new run folder; in one that has it, compare. One process only.
+
+    Raises:
+        ConfigError: field by field, the value that the run began with and the value given now.
+    """
+    path = config.run_dir / CONFIG_FILE
+    if not path.is_file():
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(dump_toml(config))
+        temporary.rename(path)
+        return
+    before = _flat(TrainConfig.model_validate(read_toml(path)).model_dump(mode="json"))
+    now = _flat(config.model_dump(mode="json"))
+    changed = [key for key in now if before.get(key) != now[key] and not key.startswith(FREE)]
+    if changed:
+        lines = [f"  {key}: began with {before.get(key)!r}, now {now[key]!r}" for key in changed]
+        raise ConfigError(
+            f"{config.run_dir} is a run with another configuration:\n"
+            + "\n".join(lines)
+            + "\ngive the same values, or another run_dir"
+        )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,213 @@
+"""Groups to rows: the plan of a global batch over the data-parallel ranks, and the tensors of one row.
+
+The plan is the same on every rank, so every rank knows the exact denominator of the global batch without asking.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megafuse.data.dataset import GroupDataset
+from megafuse.data.types import Group
+from megafuse.errors import DataError
+from megafuse.kernels.packing import group_cost, group_tokens, pack_batch
+from megafuse.losses.types import Terms
+from megafuse.model.arch import ModelArch
+from megafuse.observe.flops import flops_per_pair, flops_per_token
+from megafuse.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class Row:
+    """One packed row: a micro-batch. t tokens, n responses of g groups, r response tokens."""
+
+    tokens: Tensor  # [1, t] int64
+    positions: Tensor  # [t] int64, restarting at each sequence (after the prompt where prefixes are shared)
+    layout: Tensor  # [2, t] int32: segment and parent of each token, -1 pads
+    targets: Tensor  # [r] int64: response tokens
+    target_rows: Tensor  # [r] int64: the place that predicts each of them
+    target_response: Tensor  # [r] int64 in [0, n)
+    rewards: Tensor  # [n] float32
+    terms: Terms
+    groups: tuple[int, ...]  # g positions in the data set
+    responses: tuple[int, ...]  # g numbers of responses
+
+    @property
+    def num_responses(self) -> int:
+        """n."""
+        return len(self.rewards)
+
+    def to(self, device: torch.device) -> "Row":
+        """The same row with its tensors on `device`."""
+        if device.type == "cpu":
+            return self
+        # target_rows stays on the host: the LM head looks at it there, and a copy back would stop the stream
+        names = ("tokens", "positions", "layout", "targets", "target_response", "rewards")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        terms = Terms(
+            self.terms.members.to(device), self.terms.weights.to(device), self.terms.group.to(device), len(self.groups)
+        )
+        return Row(**{**vars(self), **moved, "terms": terms})
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Rows of one optimizer step: `rows[rank][i]` are the groups of that rank's i-th micro-batch."""
+
+    rows: tuple[tuple[np.ndarray, ...], ...]
+    row_tokens: int  # every row of the step is padded to this, so that pipeline stages exchange one shape
+    groups: int
+    useful_tokens: int  # prompts once, and responses
+    model_tokens: int  # what the layers compute, padding excluded
+    head_rows: int  # rows of logits
+    pairs: int  # attended (query, key) pairs
+
+    @property
+    def computed_tokens(self) -> int:
+        """Places of all rows of the step, padding included."""
+        return self.row_tokens * sum(len(rank) for rank in self.rows)
+
+
+class RowPlanner:
+    """Packs global batches of a data set into rows of at most `max_row_tokens` tokens for `dp_size` ranks."""
+
+    def __init__(
+        self,
+        data: GroupDataset,
+        arch: ModelArch,
+        *,
+        max_row_tokens: int,
+        prefix_sharing: bool,
+        dp_size: int,
+        multiple: int = 1,
+    ) -> None:
+        """multiple: row lengths are rounded up to it (sequence parallelism cuts a row into equal parts).
+
+        Raises:
+            DataError: when a group is longer than a row.
+        """
+        flat, offsets = data.response_lengths
+        lengths = (data.prompt_lengths, flat, offsets)
+        self.dp_size, self.multiple, self.budget = dp_size, multiple, max_row_tokens // multiple * multiple
+        self.useful = data.group_lengths
+        self.tokens = group_tokens(*lengths, prefix_sharing=prefix_sharing)
+        self.pairs = group_cost(*lengths, linear_cost=0.0, attention_cost=1.0, prefix_sharing=prefix_sharing)
+        self.cost = self.tokens * float(flops_per_token(arch)) + self.pairs * float(flops_per_pair(arch))
+        # a shared prompt's last place predicts the first token of every response: one row of logits for all
+        shared = np.diff(offsets) - 1 if prefix_sharing else 0
+        self.head_rows = self.useful - data.prompt_lengths - shared
+        if len(self.tokens) and self.tokens.max() > self.budget:
+            worst = int(self.tokens.argmax())
+            raise DataError(
+                f"group {worst} (prompt_id {data[worst].prompt_id!r}) needs {self.tokens[worst]} tokens in one row, "
+                f"data.max_row_tokens allows {self.budget}; raise it, or build the data set with fewer or shorter "
+                f"responses a prompt" + ("" if prefix_sharing else ", or set data.prefix_sharing = true")
+            )
+
+    def plan(self, groups: np.ndarray) -> BatchPlan:
+        """Rows of one global batch `groups` [b] (positions in the data set)."""
+        packed = pack_batch(self.tokens[groups], self.cost[groups], self.budget, self.dp_size)
+        rows = tuple(tuple(groups[row] for row in rank) for rank in packed)
+        longest = max((int(self.tokens[row].sum()) for rank in rows for row in rank if len(row)), default=1)
+        totals = (int(x[groups].sum()) for x in (self.useful, self.tokens, self.head_rows, self.pairs))
+        return BatchPlan(rows, -(-longest // self.multiple) * self.multiple, len(groups), *totals)
+
+
+def row_planner(config: Any, data: GroupDataset, arch: ModelArch, topology: Topology) -> RowPlanner:
+    """The planner of a run: `config` has `data` (DataConfig) and `parallel` (ParallelConfig)."""
+    return RowPlanner(
+        data,
+        arch,
+        max_row_tokens=config.data.max_row_tokens,
+        prefix_sharing=config.data.prefix_sharing,
+        dp_size=topology.dp_size,
+        multiple=config.parallel.tensor if config.parallel.sequence else 1,
+    )
+
+
+class _RowBuilder:
+    """Collects sequences one behind the other."""
+
+    def __init__(self) -> None:
+        self.tokens: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.segments: list[np.ndarray] = []
+        self.parents: list[np.ndarray] = []
+        self.length = self.segment = 0
+
+    def add(self, tokens: np.ndarray, first_position: int = 0, parent: int | None = None) -> int:
+        """Append one segment; returns the place of its first token."""
+        start, n = self.length, len(tokens)
+        self.tokens.append(tokens)
+        self.positions.append(np.arange(first_position, first_position + n))
+        self.segments.append(np.full(n, self.segment))
+        self.parents.append(np.full(n, self.segment if parent is None else parent))
+        self.length += n
+        self.segment += 1
+        return start
+
+
+def build_row(groups: Sequence[Group], *, prefix_sharing: bool, row_tokens: int) -> Row:
+    """The tensors of one row of whole groups, padded at its end to `row_tokens`.
+
+    The token before a response predicts its first token: the prompt's last token, so with prefix sharing that place
+    serves every response of the group.
+    """
+    row = _RowBuilder()
+    targets, target_rows, target_response = [], [], []
+    members, weights, term_group, rewards = [], [], [], []
+    count = 0
+    for g, group in enumerate(groups):
+        if prefix_sharing:
+            prompt_segment = row.segment
+            prompt_end = row.add(group.prompt) + len(group.prompt) - 1
+        for i, response in enumerate(group.responses):
+            n = len(response)
+            if prefix_sharing:
+                start = row.add(response, len(group.prompt), prompt_segment)
+                before = prompt_end
+            else:
+                start = row.add(np.concatenate((group.prompt, response))) + len(group.prompt)
+                before = start - 1
+            targets.append(response)
+            target_rows.append(np.concatenate(([before], np.arange(start, start + n - 1))))
+            target_response.append(np.full(n, count + i))
+        members.append(np.where(group.members >= 0, group.members + count, -1))
+        weights.append(group.weights)
+        term_group.append(np.full(len(group.weights), g))
+        rewards.append(group.rewards)
+        count += len(group.responses)
+    if row.length > row_tokens:
+        raise ValueError(f"{row.length} tokens do not fit a row of {row_tokens}")
+    padding = row_tokens - row.length
+    return Row(
+        tokens=_ints([*row.tokens, np.zeros(padding)])[None],
+        positions=_ints([*row.positions, np.zeros(padding)]),
+        layout=torch.stack(
+            [_ints([*ids, np.full(padding, -1)]).to(torch.int32) for ids in (row.segments, row.parents)]
+        ),
+        targets=_ints(targets),
+        target_rows=_ints(target_rows),
+        target_response=_ints(target_response),
+        rewards=torch.from_numpy(np.concatenate([np.zeros(0), *rewards])).float(),
+        terms=Terms(_members(members), torch.from_numpy(np.concatenate([np.zeros(0), *weights])).float(),
+                    _ints(term_group), len(groups)),
+        groups=tuple(group.index for group in groups),
+        responses=tuple(len(group.responses) for group in groups),
+    )
+
+
+def _ints(parts: list[np.ndarray]) -> Tensor:
+    """Concatenation as int64. An empty list gives [0]."""
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64))
+
+
+def _members(parts: list[np.ndarray]) -> Tensor:
+    """[m, k] int64 of all terms; narrower groups are padded with -1 to the widest."""
+    width = max((p.shape[1] for p in parts), default=1)
+    padded = [np.pad(p, ((0, 0), (0, width - p.shape[1])), constant_values=-1) for p in parts]
+    return torch.from_numpy(np.concatenate([np.zeros((0, width), np.int64), *padded]).astype(np.int64))

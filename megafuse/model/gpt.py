@@ -1,0 +1,69 @@
+"""mcore's GPTModel, fed with packed rows and answering with log-probs of response tokens only."""
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megafuse.kernels.logprob import linear_logprobs
+from megafuse.model.rope import RowRotary
+
+
+class FusionGPT(GPTModel):
+    """A pipeline stage of the target model.
+
+    Differences from `GPTModel`: RoPE angles follow the row's positions, `attention_mask` carries the row's layout, and
+    the LM head runs on the rows that predict a response token instead of on every position.
+    """
+
+    def __init__(self, *args: Any, rotary: RowRotary, attention: str, true_vocab_size: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rotary_pos_emb = rotary
+        self.attention = attention
+        self.true_vocab_size = true_vocab_size
+
+    def forward(  # type: ignore[override]
+        self,
+        tokens: Tensor,  # [1, t] int64
+        positions: Tensor,  # [t] int64
+        layout: Tensor,  # [2, t] int32: segment and parent of each token, -1 pads
+        targets: Tensor,  # [n] int64: response tokens
+        target_rows: Tensor,  # [n] int64: the place in the row whose hidden state predicts each target
+    ) -> Tensor:
+        """Log-probs of the targets [n] float32 on the last stage, hidden states [t, 1, h] on the others."""
+        self.rotary_pos_emb.positions = positions
+        packed = packed_params(layout) if self.attention == "te" else None
+        hidden = super().forward(tokens, positions[None], layout, packed_seq_params=packed)
+        if not self.post_process:
+            return hidden
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        tp = self.pg_collection.tp
+        return linear_logprobs(
+            hidden[:, 0],
+            weight,
+            targets,
+            row_index=target_rows,
+            vocab_start=tp.rank() * weight.size(0),
+            tp_group=tp if tp.size() > 1 else None,
+            sequence_parallel=self.config.sequence_parallel,
+            vocab_size=self.true_vocab_size,
+        )
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """mcore would apply the LM head to every position here; `forward` does it for response targets only."""
+        return hidden_states
+
+
+def packed_params(layout: Tensor) -> PackedSeqParams:
+    """The row as Transformer Engine knows it: cumulative lengths of unshared sequences, padding as one more sequence."""
+    segment = layout[0]
+    cuts = (segment[1:] != segment[:-1]).nonzero().flatten() + 1
+    ends = torch.tensor([segment.numel()], device=layout.device)
+    cu = torch.cat((torch.zeros_like(ends), cuts, ends)).to(torch.int32)
+    longest = int((cu[1:] - cu[:-1]).max())
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=cu, cu_seqlens_kv=cu, max_seqlen_q=longest, max_seqlen_kv=longest
+    )

@@ -1,0 +1,50 @@
+"""A forward-only run over a data set, on every rank: what `megafuse reference` and `megafuse eval` share."""
+
+from pathlib import Path
+
+import torch
+
+from megafuse.checkpoint.state import load_model
+from megafuse.config.forward import EvalConfig, ReferenceRunConfig
+from megafuse.data.dataset import GroupDataset
+from megafuse.data.rows import row_planner
+from megafuse.errors import ConfigError
+from megafuse.model.arch import read_arch
+from megafuse.model.build import build_model, choose_backend
+from megafuse.parallel.topology import layout, process_groups
+from megafuse.reference.cache import ReferenceLogps, is_complete, read_cache
+from megafuse.reference.compute import write_reference
+from megafuse.reference.digest import reference_digest
+
+
+def run_reference(config: ReferenceRunConfig | EvalConfig, folder: Path, name: str) -> ReferenceLogps:
+    """Write (or finish, or just read) the log-probs of `config.model` on `config.data` at `folder`. Collective.
+
+    Raises:
+        ConfigError: a vocabulary or layout that does not fit.
+        IntegrityError: the folder holds log-probs of something else.
+    """
+    arch = read_arch(config.model.path)
+    data = GroupDataset(config.data.dataset)
+    if data.manifest["vocab_size"] > arch.vocab_size:
+        raise ConfigError(
+            f"data set {data.path} was tokenised for a vocabulary of {data.manifest['vocab_size']}, the model has "
+            f"{arch.vocab_size}; build it again with the tokenizer of the model"
+        )
+    sharing = config.data.prefix_sharing
+    backend = choose_backend(config.model, prefix_sharing=sharing)
+    flat, offsets = data.response_lengths
+    with process_groups(), layout(config.parallel) as topology:
+        digest = None
+        if topology.rank == 0:
+            digest = reference_digest(config.model.path, data.manifest, precision=config.model.precision)
+        digest = topology.from_rank_zero(digest)
+        if not topology.from_rank_zero(is_complete(folder)):
+            with torch.no_grad():
+                model = build_model(arch, config.parallel, topology, backend)
+                load_model(model, topology, config.model.path)
+                write_reference(
+                    model, topology, data, row_planner(config, data, arch, topology), folder, name=name, digest=digest,
+                    source=config.model.path, prefix_sharing=sharing, show_progress=topology.rank == 0,
+                )  # fmt: skip
+        return read_cache(folder, digest, offsets, flat)

@@ -1,0 +1,111 @@
+"""DDP, AdamW and the learning-rate schedule, all megatron-core's."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import get_model_config
+
+from megafuse.config.train import OptimConfig
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What an optimizer step works on."""
+
+    model: Any  # DistributedDataParallel around FusionGPT
+    optimizer: Any  # megatron-core optimizer
+    scheduler: OptimizerParamScheduler
+    clip_grad: float
+
+    @property
+    def bare(self) -> Any:
+        """The FusionGPT without wrappers."""
+        return self.model.module
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the coming update."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def clip(self, grad_norm: float) -> None:
+        """Scale gradients whose global norm is `grad_norm` down to the limit."""
+        if self.clip_grad <= 0:
+            return
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            params = part.get_parameters()
+            if params:
+                clip_grad_by_total_norm_fp32(params, self.clip_grad, grad_norm)
+
+
+def wrap_for_training(model: Any, config: OptimConfig, *, total_steps: int) -> Engine:
+    """Put `model` under DDP with an optimizer and a schedule of `total_steps` optimizer steps."""
+    core = get_model_config(model)
+    bf16 = core.params_dtype == torch.bfloat16
+    ddp = DistributedDataParallel(
+        core,
+        DistributedDataParallelConfig(
+            use_distributed_optimizer=config.distributed,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            average_in_collective=False,  # gradients are summed: the loss already carries the global denominator
+        ),
+        model,
+    )
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.eps,
+            clip_grad=config.clip_grad,
+            bf16=bf16,
+            params_dtype=core.params_dtype,
+            use_distributed_optimizer=config.distributed,
+        ),
+        [ddp],
+    )
+    core.finalize_model_grads_func = _finalize
+    core.grad_scale_func = None
+    return Engine(ddp, optimizer, _schedule(optimizer, config, total_steps), config.clip_grad)
+
+
+def _finalize(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
+    """All-reduce gradients; the token count is dropped because the loss was divided by its exact denominator."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def _schedule(optimizer: Any, config: OptimConfig, total_steps: int) -> OptimizerParamScheduler:
+    """Linear warm-up, then decay to `min_lr` at the last step. One unit is one optimizer step.
+
+    mcore's scheduler is needed even for a constant rate: torch's AdamW does not know `wd_mult`, so without it norms
+    would be decayed. The first update already has a positive rate (1/warm-up of the peak), not the zero of step 0, and
+    the last one is one step short of `min_lr`: no update is wasted on a rate of zero.
+    """
+    warmup = round(config.warmup_ratio * total_steps)
+    shift = 1 if warmup else 0
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.lr if config.schedule == "constant" else config.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(total_steps, warmup) + shift,
+        lr_decay_style=config.schedule,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=total_steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=True,
+    )
+    if shift:
+        scheduler.step(shift)
+    return scheduler
