@@ -105,7 +105,6 @@ def _convert(source: Path, folder: Path, dtype: torch.dtype, stamp: dict[str, st
     model = type(loaded)(CONFIG_MAPPING[config.pop("model_type")](**config))
     model.load_state_dict(loaded.state_dict(), strict=True)
     model = model.to(dtype)
-    model.config.dtype = dtype
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -114,6 +113,7 @@ def _convert(source: Path, folder: Path, dtype: torch.dtype, stamp: dict[str, st
     weights = folder / "model.safetensors"
     tensors = {key: tensor.clone() for key, tensor in load_file(weights).items()}  # clone: the file is mapped
     save_file(tensors, weights, metadata={"format": "pt", **stamp})
+    weights.chmod((folder / "config.json").stat().st_mode)  # safetensors makes a file only its owner may read
 
 
 def _complete(folder: Path, stamp: dict[str, str]) -> bool:
