@@ -117,11 +117,12 @@ def device_peak_flops(device_name: str, dtype: str) -> float | None:
 
     Arguments:
         device_name: `torch.cuda.get_device_name()`.
-        dtype: the compute type, `bfloat16` or `float16`, with or without `torch.`; others give None, since what the
-            tensor cores then run (FP32, TF32, FP8) is a setting that the name does not tell.
+        dtype: the compute type: `bf16`, `fp16`, or torch's names for them, with or without `torch.`; others give None,
+            since what the tensor cores then run (FP32, TF32, FP8) is a setting that the name does not tell.
     """
     # A MIG slice has a fraction of the device that it is named after.
-    if str(dtype).removeprefix("torch.") not in ("bfloat16", "float16") or re.search(r"\bMIG\b", device_name):
+    half = str(dtype).removeprefix("torch.") in ("bf16", "bfloat16", "fp16", "float16")
+    if not half or re.search(r"\bMIG\b", device_name):
         return None
     for pattern, tflops in _PEAK_TFLOPS:
         if re.search(pattern, device_name.replace("-", " "), re.IGNORECASE):

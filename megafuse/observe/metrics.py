@@ -26,8 +26,8 @@ REQUIRED = (
     "tokens_per_second",
     "step_seconds",
 )
-"""Fields that every record has. `tokens` counts the prompt and response tokens of the batch, each response with its own
-prompt; `tokens_computed` those that went through the model (fewer under prefix sharing)."""
+"""Fields that every record has. `tokens` counts the tokens of the batch's prompts, each once, and of their responses;
+`tokens_computed` what went through the model for them, padding included. `tokens_per_second` is of `tokens`."""
 
 
 class _Sink(Protocol):

@@ -126,8 +126,10 @@ def test_mfu() -> None:
 )
 def test_device_peaks(name: str, tflops: float | None) -> None:
     expected = None if tflops is None else tflops * 1e12
-    assert device_peak_flops(name, "torch.bfloat16") == device_peak_flops(name, "float16") == expected
-    assert device_peak_flops(name, "float32") is None
+    assert all(
+        device_peak_flops(name, t) == expected for t in ("torch.bfloat16", "bfloat16", "bf16", "fp16", "float16")
+    )
+    assert device_peak_flops(name, "float32") is None and device_peak_flops(name, "fp32") is None
 
 
 def test_sharing_costs_less_and_never_more() -> None:
