@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megafuse.kernels._collectives import gather_ranks
 from megafuse.kernels._segments import pair_sums, segment_sums
 from megafuse.kernels._vocab_softmax import (
     Head,
@@ -123,8 +124,7 @@ class LinearLogprobs(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: LinearOptions) -> Tensor:
         head, rows = options.head, options.rows
         if options.sequence_parallel and head.group is not None:
-            full = hidden.new_empty((hidden.shape[0] * head.group.size(), hidden.shape[1]))
-            dist.all_gather_into_tensor(full, hidden.contiguous(), group=head.group)
+            full = gather_ranks(hidden, head.group).flatten(0, 1)
         else:
             full = hidden
         x = full if rows.rows is None else full.index_select(0, rows.rows)
@@ -137,7 +137,7 @@ class LinearLogprobs(torch.autograd.Function):
             add_row_stats(stats, first, z, chunks.scratch)
             owned, index = chunks.inside(first, z.shape[0], row, targets)
             assert chunks.flat is not None
-            chunks.flat[z.numel() :] = 0
+            chunks.flat[z.numel()] = 0  # what targets of other chunks and ranks read
             raw += chunks.flat[index].masked_fill_(~owned, 0)
         found = merge(stats, row, raw, targets, head)
         if options.grad_enabled and any(ctx.needs_input_grad[:2]):
@@ -242,7 +242,7 @@ class _WeightGradient:
         elif dz.dtype == rows.dtype:
             rows.addmm_(dz.t(), x)
         else:
-            rows += torch.mm(dz.t(), x)
+            rows += torch.mm(dz.t(), x)  # one rounding a chunk, none of the running sum
 
     def result(self) -> Tensor:
         """The gradient in the weight's dtype."""

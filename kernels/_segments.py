@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megafuse.errors import ConfigError, DataError
+from megafuse.kernels._collectives import gather_ranks
 
 
 def segment_sums(values: Tensor, ids: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
@@ -47,9 +48,7 @@ class _SegmentLogprobs(torch.autograd.Function):
         if group is not None:
             # Gathered and added in rank order: bit-equal on every rank whatever all-reduce algorithm the backend likes.
             # float64 counts tokens exactly up to 2^53.
-            mine = torch.stack([sums, counts.double()])
-            every = mine.new_empty((group.size(), *mine.shape))
-            dist.all_gather_into_tensor(every, mine, group=group)
+            every = gather_ranks(torch.stack([sums, counts.double()]), group)
             sums, counts = every[:, 0].sum(0), every[:, 1].sum(0).long()
         scale = counts.clamp(min=1).double().reciprocal() if mean else None
         ctx.save_for_backward(ids, scale)

@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megafuse.kernels._collectives import gather_ranks
+
 _LANE = 64  # columns that one step of the two-level argmax covers
 
 
@@ -139,10 +141,8 @@ def merge(stats: RowStats, row: Tensor | None, raw: Tensor, targets: Tensor, hea
     target = head.transform_(raw).masked_fill(~owned, -torch.inf)
     share = torch.where(owned, torch.exp(target - largest), 0)
     others = torch.where(owned & (column == top), rest, 1 + rest - share)
-    parts = torch.stack([largest, others, target])[None]
-    if head.group is not None:
-        mine, parts = parts[0].contiguous(), parts.new_empty((head.group.size(), *parts.shape[1:]))
-        dist.all_gather_into_tensor(parts, mine, group=head.group)
+    mine = torch.stack([largest, others, target])
+    parts = mine[None] if head.group is None else gather_ranks(mine, head.group)
     largest = parts[:, 0].amax(0)
     others = (parts[:, 1] * torch.exp(parts[:, 0] - largest)).sum(0)
     target = parts[:, 2].amax(0)

@@ -76,7 +76,7 @@ def linear_logprobs(
     otherwise backward computes them again. Gradients: `weight` accumulates in float32 over the chunks and is rounded
     once; `hidden` is summed over `tp_group` in float32 (all-reduce, or reduce-scatter with `sequence_parallel`). A call
     without targets takes part in every collective and gives zero gradients. Other arguments and errors: see
-    `vocab_parallel_logprobs`; DataError also on a `row_index` outside the sequence, ConfigError on an unknown `backend`.
+    `vocab_parallel_logprobs`; DataError also on a `row_index` outside the sequence, ConfigError on another `backend`.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"backend={backend!r} is not available here: use one of {', '.join(BACKENDS)}")
