@@ -1,6 +1,8 @@
 // One global batch onto data parallel ranks: the same number of rows everywhere, total costs even, longest row short.
 #pragma once
 
+#include <set>
+
 #include "packing.hpp"
 
 namespace megafuse {
@@ -26,10 +28,11 @@ class Balancer {
  public:
   Balancer(const Ints& tokens, const Ints& cost, Rows rows, int64_t ranks, int64_t per_rank)
       : tokens_(tokens), cost_(cost), rows_(std::move(rows)), ranks_(ranks), per_rank_(per_rank),
-        length_(rows_.size()), load_(static_cast<size_t>(ranks), 0) {
+        length_(rows_.size()), row_cost_(rows_.size()), load_(static_cast<size_t>(ranks), 0) {
     for (size_t r = 0; r < rows_.size(); ++r) {
       length_[r] = sum_of(rows_[r], tokens_);
-      load_[r / static_cast<size_t>(per_rank_)] += sum_of(rows_[r], cost_);
+      row_cost_[r] = sum_of(rows_[r], cost_);
+      load_[r / static_cast<size_t>(per_rank_)] += row_cost_[r];
     }
   }
 
@@ -39,14 +42,21 @@ class Balancer {
 
   // Local search with rows of at most `cap` tokens, until no rank costs more than `goal` or nothing helps.
   void run(int64_t cap, int64_t goal) {
+    std::set<std::pair<int64_t, int64_t>> ranks;  // load, rank
+    for (int64_t rank = 0; rank < ranks_; ++rank) ranks.emplace(load_[rank], rank);
     // Each step about halves one gap, so this many are plenty; the limit only bounds the time of hostile inputs.
     for (int64_t left = static_cast<int64_t>(cost_.size()) + 16 * std::min<int64_t>(ranks_, 1024); left > 0; --left) {
-      const Ints order = largest_first(load_);
-      const int64_t heavy = order[0];
-      if (load_[heavy] <= goal) return;
-      bool better = false;
-      for (size_t i = order.size() - 1; i > 0 && !better; --i) better = relieve(heavy, order[i], cap);
-      if (!better) return;
+      const auto [load, heavy] = *ranks.rbegin();
+      if (load <= goal) return;
+      const std::vector<Item> groups = groups_of(heavy), rows = rows_of(heavy);
+      const auto helps = [&](const auto& light) { return relieve(heavy, groups, rows, light.second, cap); };
+      const auto light = std::find_if(ranks.begin(), std::prev(ranks.end()), helps);
+      if (light == std::prev(ranks.end())) return;
+      const int64_t helper = light->second;
+      ranks.erase(light);
+      ranks.erase(std::prev(ranks.end()));
+      ranks.emplace(load_[heavy], heavy);
+      ranks.emplace(load_[helper], helper);
     }
   }
 
@@ -67,7 +77,7 @@ class Balancer {
   std::vector<Item> rows_of(int64_t rank) const {
     std::vector<Item> items;
     for (int64_t r = rank * per_rank_; r < (rank + 1) * per_rank_; ++r)
-      items.push_back({sum_of(rows_[r], cost_), -1, r});
+      items.push_back({row_cost_[r], -1, r});
     std::sort(items.begin(), items.end());
     return items;
   }
@@ -103,18 +113,18 @@ class Balancer {
   }
 
   // One exchange that makes the dearer of both ranks cheaper: rows, groups, or one group handed over.
-  bool relieve(int64_t heavy, int64_t light, int64_t cap) {
+  bool relieve(int64_t heavy, const std::vector<Item>& groups, const std::vector<Item>& rows, int64_t light,
+               int64_t cap) {
     const int64_t gap = load_[heavy] - load_[light];
     Best best{gap, gap};
-    const std::vector<Item> give = groups_of(heavy);
-    match(rows_of(heavy), rows_of(light), best, [](const Item&, const Item&) { return true; });
-    match(give, groups_of(light), best, [&](const Item& a, const Item& b) {
+    match(rows, rows_of(light), best, [](const Item&, const Item&) { return true; });
+    match(groups, groups_of(light), best, [&](const Item& a, const Item& b) {
       const int64_t grow = tokens_[b.group] - tokens_[a.group];
       return length_[a.row] + grow <= cap && length_[b.row] - grow <= cap;
     });
     const auto first = length_.begin() + light * per_rank_;
     const Item room{0, -1, std::min_element(first, first + per_rank_) - length_.begin()};
-    for (const Item& a : give)  // the last group of a row stays, so that no row becomes empty
+    for (const Item& a : groups)  // the last group of a row stays, so that no row becomes empty
       if (rows_[a.row].size() > 1 && length_[room.row] + tokens_[a.group] <= cap) best.offer(a.cost, a, room);
     if (!best.found) return false;
     exchange(best.give, best.take);
@@ -128,6 +138,7 @@ class Balancer {
     if (a.group < 0) {
       std::swap(rows_[a.row], rows_[b.row]);
       std::swap(length_[a.row], length_[b.row]);
+      std::swap(row_cost_[a.row], row_cost_[b.row]);
       return;
     }
     shift(a.group, a.row, b.row);
@@ -140,13 +151,15 @@ class Balancer {
     rows_[to].push_back(group);
     length_[from] -= tokens_[group];
     length_[to] += tokens_[group];
+    row_cost_[from] -= cost_[group];
+    row_cost_[to] += cost_[group];
   }
 
   const Ints& tokens_;
   const Ints& cost_;
   Rows rows_;
   int64_t ranks_, per_rank_;
-  Ints length_, load_;  // tokens of each row, cost of each rank
+  Ints length_, row_cost_, load_;  // tokens of each row, cost of each row and rank
 };
 
 // Multifit (Coffman, Garey and Johnson, 1978): the shortest row length for which best fit needs no more than `bins` rows.
