@@ -1,0 +1,252 @@
+"""Scored answers to a tokenised data set, in two passes over the input.
+
+The first pass checks every line and notes which prompts are taken: nothing is tokenised if the input is to be refused.
+The second pass tokenises those and appends the groups to a stream, which is sorted by prompt_id at the end: neither
+the order of the input files nor of their lines changes the result.
+"""
+
+import json
+import platform
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megafuse.config.build import BuildConfig
+from megafuse.data.groups import GroupBuilder, Rejected
+from megafuse.data.reader import RecordReader, file_digest
+from megafuse.data.records import BadRecord, Rules, ScoredPrompt
+from megafuse.data.split import draws, in_part, side_of
+from megafuse.data.store import (
+    FORMAT,
+    GROUPS,
+    MANIFEST,
+    Row,
+    RowWriter,
+    atomic_folder,
+    check_replaceable,
+    content_digest,
+    file_sizes,
+    read_manifest,
+    save_sorted,
+)
+from megafuse.data.tokenise import ChatTokenizer
+from megafuse.errors import DataError
+
+_PROMPTS_A_BATCH = 256
+_PATHS = ("inputs", "output", "tokenizer", "chat_template", "overwrite")  # told apart by content, not by name
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What `build` did."""
+
+    path: Path
+    manifest: dict[str, Any]
+    fresh: bool  # False: the same data set was there already
+
+
+def build(config: BuildConfig, progress: Progress | None = None) -> BuildResult:
+    """Build the data set that `config` describes, or find that it is already there.
+
+    Args:
+        config: the whole description.
+        progress: called with (prompts done, prompts in all) after each batch.
+
+    Raises:
+        ConfigError: the tokenizer, its template or its vocabulary cannot be used.
+        DataError: bad records, a group above max_row_tokens, nothing left to train on, or an output that is in the way.
+    """
+    tokenizer = ChatTokenizer(
+        config.tokenizer,
+        chat_template=config.chat_template,
+        template_kwargs=config.template_kwargs,
+        end_of_turn=config.end_of_turn,
+        vocab_size=config.vocab_size,
+    )
+    stamps = {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in config.inputs if path.exists()}
+    identity = _identity(config, tokenizer)
+    existing = read_manifest(config.output)
+    if existing is not None and all(_equal(existing.get(key), value) for key, value in identity.items()):
+        return BuildResult(config.output, existing, fresh=False)
+    check_replaceable(config.output, overwrite=config.overwrite)
+
+    reader = RecordReader(
+        config.inputs,
+        Rules(reward_field=config.reward_field, drop_bad_responses=config.on_bad_response == "drop"),
+        on_bad_record=config.on_bad_record,
+        quarantine=config.output.with_name(f"{config.output.name}.quarantine.jsonl"),
+    )
+    counts: Counter[str] = Counter()
+    wanted = _choose(reader, config, counts)
+    groups = GroupBuilder(config, tokenizer)
+    with atomic_folder(config.output, overwrite=config.overwrite) as work:
+        rows = _rows(reader, wanted, groups, progress)
+        summary = _write(rows, work, config.kind)
+        if config.on_bad_record == "refuse":
+            reader.raise_errors()
+        _check_groups(config, groups, summary["groups"], counts)
+        for path, stamp in stamps.items():
+            if (path.stat().st_size, path.stat().st_mtime_ns) != stamp:
+                raise DataError(f"{path} changed while it was read: build again when nothing writes to it")
+        digest = {**identity["digest"], "data": summary.pop("data_digest")}
+        manifest = {
+            "format": FORMAT,
+            "kind": config.kind,
+            **summary,
+            "vocab_size": tokenizer.vocab_size,
+            "end_of_turn": tokenizer.end_of_turn.tolist(),
+            **{**identity, "digest": digest},
+            "config": config.model_dump(mode="json"),
+            "counts": _all_counts(reader, counts, groups, summary["groups"]),
+            "warnings": _warnings(tokenizer),
+            "versions": _versions(),
+            "files": file_sizes(work, GROUPS),
+        }
+        (work / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return BuildResult(config.output, manifest, fresh=True)
+
+
+def _identity(config: BuildConfig, tokenizer: ChatTokenizer) -> dict[str, Any]:
+    """What determines the result: bytes of the inputs, settings with their defaults resolved, tokenizer, template."""
+    settings = {k: v for k, v in config.model_dump(mode="json").items() if k not in _PATHS}
+    settings |= {"part": config.resolved_part, "alpha": config.resolved_alpha, "k": config.resolved_k}
+    return {
+        "inputs": [{"name": path.name, "sha256": file_digest(path)} for path in config.inputs],
+        "settings": settings,
+        "vocab_size": tokenizer.vocab_size,
+        "digest": {"tokenizer": tokenizer.digest, "template": tokenizer.template_digest},
+    }
+
+
+def _equal(found: Any, wanted: Any) -> bool:
+    """Equal, where the manifest may hold more keys than are compared (digest.data) and input names do not count."""
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        return all(_equal(found.get(key), value) for key, value in wanted.items() if key != "name")
+    if isinstance(wanted, list) and isinstance(found, list):
+        return len(found) == len(wanted) and all(map(_equal, found, wanted))
+    return bool(found == wanted)
+
+
+def _choose(reader: RecordReader, config: BuildConfig, counts: Counter[str]) -> set[tuple[str, int]]:
+    """First pass: the (file, line) of every prompt that is taken. Raises DataError for bad records."""
+    chosen: list[tuple[float, str, tuple[str, int]]] = []
+    for record in reader:
+        counts["prompts"] += 1
+        side = side_of(record.prompt_id, seed=config.seed, holdout=config.holdout, sft_fraction=config.sft_fraction)
+        if config.domains and record.domain not in config.domains:
+            counts["prompts_left_out.other_domain"] += 1
+        elif not in_part(side, config.resolved_part):
+            counts["prompts_left_out.other_part"] += 1
+        else:
+            chosen.append((draws(record.prompt_id, config.seed).order, record.prompt_id, (record.file, record.line)))
+    if config.max_prompts is not None and len(chosen) > config.max_prompts:
+        counts["prompts_left_out.beyond_max_prompts"] += len(chosen) - config.max_prompts
+        chosen = sorted(chosen)[: config.max_prompts]
+    return {place for _, _, place in chosen}
+
+
+def _rows(
+    reader: RecordReader, wanted: set[tuple[str, int]], groups: GroupBuilder, progress: Progress | None
+) -> Iterator[Row]:
+    """Second pass: the groups, in the order of the input."""
+    records = reader.at(wanted)
+    done = 0
+    while batch := list(islice(records, _PROMPTS_A_BATCH)):
+        lines = {record.prompt_id: raw for record, raw in batch}
+        for row in groups([record for record, _ in batch]):
+            if isinstance(row, Rejected):
+                _set_aside(reader, row.record, row.reason, lines[row.record.prompt_id])
+            else:
+                yield row
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(wanted))
+
+
+def _set_aside(reader: RecordReader, record: ScoredPrompt, reason: str, raw: bytes) -> None:
+    reader.bad(BadRecord(record.file, record.line, 1, f"{record.prompt_id}: {reason}"), raw)
+
+
+def _write(rows: Iterable[Row], work: Path, kind: str) -> dict[str, Any]:
+    """Stream the rows to disk, sort them, and sum them up for the manifest."""
+    stream = work / "unsorted.arrow"
+    writer = RowWriter(stream)
+    ids, digests = [], []
+    total: Counter[str] = Counter()
+    largest_group = largest_sequence = 0
+    domains: Counter[str] = Counter()
+    sources: Counter[str] = Counter()
+    for row in rows:
+        writer.append(row)
+        ids.append(row.prompt_id)
+        digests.append(row.digest())
+        answers = [len(r) for r in row.responses]
+        total.update(responses=len(answers), terms=len(row.members), tokens=row.tokens, prompt_tokens=len(row.prompt))
+        total["tokens_unshared"] += len(row.prompt) * len(answers) + sum(answers)
+        largest_group = max(largest_group, row.tokens)
+        largest_sequence = max(largest_sequence, len(row.prompt) + max(answers))
+        domains[row.domain] += 1
+        sources.update(row.sources)
+    writer.close()
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    if ids:
+        save_sorted(stream, order, work / GROUPS)
+    stream.unlink()
+    keys = ("responses", "terms", "tokens", "prompt_tokens", "tokens_unshared")
+    return {
+        "groups": len(ids),
+        **{key: total[key] for key in keys},
+        "max_group_tokens": largest_group,
+        "max_sequence_tokens": largest_sequence,
+        "groups_by_domain": dict(sorted(domains.items())),
+        "responses_by_source": dict(sorted(sources.items())),
+        "data_digest": content_digest(kind, [digests[i] for i in order]),
+    }
+
+
+def _check_groups(config: BuildConfig, groups: GroupBuilder, kept: int, counts: Counter[str]) -> None:
+    tokens, prompt_id = groups.longest_group
+    if tokens and config.on_long_group == "refuse":
+        number = groups.counts["prompts_dropped.long_group"]
+        raise DataError(
+            f"{number} group(s) are longer than max_row_tokens = {config.max_row_tokens}; the longest, {prompt_id!r}, "
+            f'has {tokens} tokens. Set max_row_tokens >= {tokens}, keep fewer responses (k), or on_long_group = "drop"'
+        )
+    if not kept:
+        found = {**counts, **groups.counts}
+        reasons = ", ".join(f"{key} {value}" for key, value in found.items() if value) or "the input is empty"
+        no_holdout = config.resolved_part == "eval" and not config.holdout
+        hint = '; holdout is 0: set it, or part = "all"' if no_holdout else ""
+        raise DataError(f"no group is left in part {config.resolved_part!r}: {reasons}{hint}")
+
+
+def _all_counts(reader: RecordReader, counts: Counter[str], groups: GroupBuilder, kept: int) -> dict[str, int]:
+    """Every count, by name. `prompts` is the sum of prompts_left_out.*, prompts_dropped.* and prompts_kept."""
+    found = Counter({**counts, "bad_records": reader.error_count, "prompts_kept": kept})
+    found.update({f"input_{key}": value for key, value in reader.counts.items()})
+    found.update(groups.counts)
+    return {key: int(found[key]) for key in sorted(found) if found[key] or key == "bad_records"}
+
+
+def _warnings(tokenizer: ChatTokenizer) -> list[str]:
+    if tokenizer.template.depends_on_date:
+        return ["the chat template writes today's date into prompts: the same build gives another data set tomorrow"]
+    return []
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "numpy": np.__version__}
+    for package in ("megafuse", "transformers", "tokenizers", "datasets", "pyarrow"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
