@@ -239,7 +239,7 @@ def _refuse(key: str, value: Any, known: tuple[Any, ...]) -> NoReturn:
 
 def _refuse_key(key: str, value: Any) -> NoReturn:
     raise UnsupportedModelError(
-        f"config.json: unknown key {key} = {json.dumps(value)}: it could change the forward pass, and no rule says how; "
+        f"config.json: unknown key {key} = {json.dumps(value)}: it could change the forward pass, no rule says how; "
         f"known: {', '.join(sorted(TRANSLATED | set(FIXED)))}; "
         f"if it cannot change the forward pass, add it to HARMLESS in converters/hf_config.py"
     )

@@ -1,0 +1,201 @@
+"""Writing a `torch_dist` checkpoint in one process, through torch's public distributed-checkpoint API.
+
+A save planner whose plan comes from the table and whose data is read when it is written: no model, no process group,
+one block of memory. Any tensor, pipeline or expert layout of megatron-core can load what this writes.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import mmap
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+
+from megafuse.converters.plan import OnRows, Packed, Plan
+from megafuse.converters.views import TORCH_DTYPES, TensorView, blocks, row_bytes
+from megafuse.errors import MegafuseError
+
+# What mcore asks for when it opens a checkpoint folder.
+_MCORE_METADATA = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+_COMMON = {"content_metadata": {"singleton_local_shards": False, "non_homogeneous_layers": False}}
+
+
+def write_torch_dist(
+    plan: Plan, source: TensorView, folder: Path, *, block_bytes: int, seen: OnRows | None = None
+) -> dict[str, str]:
+    """Write every tensor of `plan`, read from `source`, into the new `folder`; returns the sha256 of its files.
+
+    Layers are stacked as mcore stacks them. seen: told of every (HF name, bytes) copied; each HF tensor's rows come in
+    order. The bytes depend on the weights only: equal weights give equal files. Memory: about one block.
+    """
+    writer = _HashingWriter(folder)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is meant
+            dcp.save({}, storage_writer=writer, planner=_LazyPlanner(plan, source, block_bytes, seen), no_dist=True)
+    except dcp.CheckpointException as error:
+        for wrapped, _ in error.failures.values():
+            if isinstance(wrapped, MegafuseError | OSError | KeyboardInterrupt):
+                raise wrapped from None
+        raise
+    torch.save(_COMMON, folder / "common.pt")
+    (folder / "metadata.json").write_text(json.dumps(_MCORE_METADATA))
+    return writer.digests
+
+
+class _LazyPlanner(SavePlanner):
+    """Plans one write item a block of rows, and reads the block when it is asked for."""
+
+    def __init__(self, plan: Plan, source: TensorView, block_bytes: int, seen: OnRows | None) -> None:
+        self._plan, self._source, self._block_bytes, self._seen = plan, source, block_bytes, seen
+        self._blocks: dict[MetadataIndex, tuple[Packed, int, int]] = {}
+        self._memory: mmap.mmap | None = None
+
+    def set_up_planner(
+        self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Nothing to prepare: the state dict is the table."""
+
+    def create_local_plan(self) -> SavePlan:
+        """All tensors by block, then the empty extra states."""
+        items = [item for packed in self._plan.tensors.values() for item in self._items(packed)]
+        items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._plan.extra_states()]
+        return SavePlan(items)
+
+    def _items(self, packed: Packed) -> Iterator[WriteItem]:
+        dtype = self._source.dtype(packed.pieces[0].hf)
+        width = row_bytes(dtype, packed.shape)
+        lead, layers = ((packed.layer,), (self._plan.model.num_layers,)) if packed.layer is not None else ((), ())
+        rest = packed.shape[1:]
+        for start, stop in blocks(packed.shape[0], width, self._block_bytes):
+            offset = torch.Size((*lead, start, *(0 for _ in rest)))
+            size = torch.Size((*(1 for _ in lead), stop - start, *rest))
+            index = MetadataIndex(packed.key, offset)
+            self._blocks[index] = packed, start, stop
+            data = TensorWriteData(
+                ChunkStorageMetadata(offset, size),
+                TensorProperties(dtype=TORCH_DTYPES[dtype]),
+                torch.Size((*layers, *packed.shape)),
+            )
+            yield WriteItem(index, WriteItemType.SHARD, tensor_data=data)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """One process: the local plan is the global plan; `.metadata` is its table of contents."""
+        entries: dict[str, Any] = {}
+        for item in all_plans[0].items:
+            if (data := item.tensor_data) is None:
+                entries[item.index.fqn] = BytesStorageMetadata()
+            else:
+                entry = entries.setdefault(item.index.fqn, TensorStorageMetadata(data.properties, data.size, []))
+                entry.chunks.append(data.chunk)
+        return all_plans, Metadata(entries, planner_data={})
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        """Unchanged."""
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        """The block, freshly read; the block before it is given back to the system."""
+        if write_item.tensor_data is None:
+            return _no_extra_state()
+        packed, start, stop = self._blocks[write_item.index]
+        size = write_item.tensor_data.chunk.sizes
+        dtype = write_item.tensor_data.properties.dtype
+        if self._memory is not None:
+            # The writer keeps the last tensor of every key until the end. Its pages have been written, so drop them:
+            # otherwise memory would grow to one block for each kind of tensor.
+            self._memory.madvise(mmap.MADV_DONTNEED)
+        self._memory = mmap.mmap(-1, size.numel() * dtype.itemsize)
+        with memoryview(self._memory) as out:
+            packed.gather(self._source, start, out, len(out) // (stop - start), self._seen)
+        return torch.frombuffer(self._memory, dtype=dtype).reshape(size)
+
+
+def _no_extra_state() -> io.BytesIO:
+    """What stands for "no FP8 state": loads in Transformer Engine's modules and in mcore's own."""
+    buffer = io.BytesIO()
+    torch.save([torch.empty(0, dtype=torch.uint8)], buffer)
+    return buffer
+
+
+class _HashingStream(io.RawIOBase):
+    """A file that hashes what is written to it, once and in order."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return int(self._file.write(data))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def flush(self) -> None:
+        if not self._file.closed:
+            self._file.flush()
+
+    def fileno(self) -> int:
+        return int(self._file.fileno())
+
+
+class _HashingFiles(FileSystem):
+    """The local file system, noting the sha256 of every file written."""
+
+    def __init__(self, digests: dict[str, str]) -> None:
+        super().__init__()
+        self._digests = digests
+
+    @contextlib.contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[io.IOBase]:
+        with super().create_stream(path, mode) as file:
+            stream = _HashingStream(file)
+            yield cast(io.IOBase, stream)
+            self._digests[Path(path).name] = stream.digest.hexdigest()
+
+
+class _HashingWriter(FileSystemWriter):
+    """torch's writer with hashes, and without what would make equal checkpoints differ (path, random id).
+
+    `per_thread_copy_ahead=0` keeps the loader serial where CUDA is present: blocks are only valid one at a time.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, single_file_per_rank=True, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
+        written: dict[str, str] = {}
+        self.fs = _HashingFiles(written)
+        self._written = written
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """sha256 by name of the data files. (`.metadata` is renamed after it is written.)"""
+        return {name: digest for name, digest in self._written.items() if name.endswith(".distcp")}
+
+    def storage_meta(self) -> StorageMeta:
+        """Anonymous."""
+        return StorageMeta()

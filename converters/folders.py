@@ -1,0 +1,135 @@
+"""Model folders: the two kinds told apart and opened, outputs that are whole or absent, checkpoint manifests."""
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megafuse.converters.dcp_reader import DcpFolder, HfView
+from megafuse.converters.hf_config import read_hf_config
+from megafuse.converters.plan import Plan
+from megafuse.converters.safetensors_io import SafetensorsFolder
+from megafuse.converters.views import TensorView
+from megafuse.errors import ConfigError, IntegrityError
+
+FORMAT = "megafuse-checkpoint/1"
+MANIFEST = "manifest.json"
+SOURCES = ("model", "fp32-master")
+
+
+def is_checkpoint(path: Path) -> bool:
+    """A `torch_dist` checkpoint, as opposed to a Hugging Face folder."""
+    return (path / ".metadata").is_file()
+
+
+@contextlib.contextmanager
+def open_weights(
+    path: str | Path, *, source: str = "model", config: Path | None = None
+) -> Iterator[tuple[Plan, TensorView]]:
+    """The plan and the HF-named weights of a Hugging Face folder or a checkpoint, compared with its config.json.
+
+    source: `model`, or `fp32-master` for a training checkpoint's master weights.
+    config: the folder whose config.json counts for a checkpoint, instead of its own `hf/`.
+    Raises ConfigError, UnsupportedModelError or IntegrityError where the folder is not what its configuration says.
+    """
+    folder = Path(path)
+    if source not in SOURCES:
+        raise ConfigError(f"source {source!r} is not one of {', '.join(SOURCES)}")
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; fix: give a Hugging Face model folder or a checkpoint folder")
+    if is_checkpoint(folder):
+        if not config and not (folder / "hf" / "config.json").is_file():
+            raise ConfigError(
+                f"{folder} has no hf/config.json: megafuse did not write it; fix: give `like`, an HF folder"
+            )
+        plan = Plan(read_hf_config(config or folder / "hf"))
+        with DcpFolder(folder, master=source == "fp32-master") as weights:
+            yield plan, HfView(plan, weights)
+        return
+    if source != "model":
+        raise ConfigError(f"source {source!r} needs a training checkpoint; {folder} is a Hugging Face folder")
+    plan = Plan(read_hf_config(folder))
+    with SafetensorsFolder(folder) as shards:
+        plan.check(shards, where=str(folder))
+        yield plan, shards
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """A checkpoint's manifest, its files checked for presence and size; None where there is none.
+
+    Raises IntegrityError, naming the file.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        files = {str(name): int(known["bytes"]) for name, known in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{path} is damaged ({error!r}); restore the checkpoint") from None
+    if manifest.get("format") != FORMAT:
+        raise IntegrityError(f"{path}: format is {manifest.get('format')!r}, not {FORMAT!r}")
+    for name, size in files.items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != size:
+            raise IntegrityError(f"{folder / name} has {found} bytes, its manifest says {size}; restore the checkpoint")
+    return dict(manifest)
+
+
+@contextlib.contextmanager
+def new_folder(out: str | Path, *, overwrite: bool, inputs: tuple[Path, ...]) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its name when the block ends well, everything on disk; else no trace.
+
+    overwrite: replace an earlier model folder (never anything else). Raises ConfigError where `out` exists, or is,
+    holds or lies inside one of `inputs`.
+    """
+    out = Path(os.path.abspath(out))
+    for given in inputs:
+        one, other = given.resolve(), out.resolve()
+        if one == other or one in other.parents or other in one.parents:
+            raise ConfigError(f"output {out} overlaps the input {given}; choose another folder")
+    if out.exists() or out.is_symlink():
+        _may_replace(out, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex}")
+    work.mkdir()
+    try:
+        yield work
+        for path in [*work.rglob("*"), work]:
+            fsync(path)
+        if out.exists():
+            old = out.with_name(f"{out.name}.old-{uuid.uuid4().hex}")
+            os.rename(out, old)
+            os.rename(work, out)
+            shutil.rmtree(old)
+        else:
+            os.rename(work, out)
+        fsync(out.parent)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _may_replace(out: Path, overwrite: bool) -> None:
+    if out.is_symlink() or not out.is_dir():
+        raise ConfigError(f"output {out} exists and is not a folder; choose another name")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise ConfigError(f"output {out} exists; choose another folder, or allow overwriting")
+    if not is_checkpoint(out) and not (out / "config.json").is_file():
+        raise ConfigError(f"output {out} exists and is no model folder; it is not overwritten; choose another folder")
+
+
+def fsync(path: Path) -> None:
+    """Put a file, or the names in a folder, on disk. Network file systems that cannot sync folders are left alone."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)

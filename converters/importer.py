@@ -1,0 +1,148 @@
+"""Hugging Face folder -> checkpoint folder: bytes are copied, nothing is computed, no model is built."""
+
+import resource
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from megafuse.converters.dcp_writer import write_torch_dist
+from megafuse.converters.digest import WeightsHasher
+from megafuse.converters.folders import FORMAT, MANIFEST, is_checkpoint, new_folder, open_weights
+from megafuse.converters.layout import LAYOUT, layout_of
+from megafuse.converters.plan import Plan
+from megafuse.converters.safetensors_io import SafetensorsFolder, side_files
+from megafuse.converters.views import DEFAULT_BLOCK, row_bytes, tensor_bytes
+from megafuse.errors import ConfigError, DataError
+from megafuse.observe.manifest import file_sha256, utc_now, versions, write_json_atomic
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did: `bytes` of weights in `tensors` HF tensors, `seconds`, peak memory, and what was left out.
+
+    `weights_sha256` is the digest of the weights as written; `skipped` names what of the source is not in the output.
+    """
+
+    action: str
+    source: str
+    out: str
+    architecture: str
+    parameters: int
+    tensors: int
+    bytes: int
+    seconds: float
+    peak_rss_mib: int
+    weights_sha256: str
+    skipped: tuple[str, ...] = ()
+
+
+def import_hf(
+    hf_dir: str | Path, out: str | Path, *, block_mb: int = DEFAULT_BLOCK >> 20, overwrite: bool = False
+) -> Report:
+    """Write the checkpoint folder `out` from the Hugging Face folder `hf_dir`.
+
+    block_mb: MiB copied at a time; it bounds the memory. Equal inputs give equal `.distcp` files.
+    Raises UnsupportedModelError for a configuration or tensor that no rule covers, IntegrityError for damaged weights
+    or a tied output layer that differs from the embedding, ConfigError where `out` exists and `overwrite` is False.
+    """
+    began, hf_dir = time.monotonic(), Path(hf_dir)
+    if block_mb < 1:
+        raise ConfigError(f"block_mb = {block_mb} must be at least 1")
+    if is_checkpoint(hf_dir):
+        raise ConfigError(f"{hf_dir} is a checkpoint, not a Hugging Face folder; fix: use export")
+    with open_weights(hf_dir) as (plan, shards), new_folder(out, overwrite=overwrite, inputs=(hf_dir,)) as work:
+        assert isinstance(shards, SafetensorsFolder)
+        check_tied(plan, shards, block_mb << 20)
+        hasher = WeightsHasher(plan)
+        hashes = write_torch_dist(plan, shards, work, block_bytes=block_mb << 20, seen=hasher.add)
+        digest = hasher.finish(shards)
+        skipped = _copy_side_files(hf_dir, work / "hf")
+        write_json_atomic(work / "hf" / LAYOUT, layout_of(plan, shards).to_json())
+        files = {p.relative_to(work).as_posix(): p for p in sorted(work.rglob("*")) if p.is_file()}
+        total = sum(tensor_bytes(shards.dtype(n), shape) for n, shape in plan.hf_shapes.items())
+        write_json_atomic(
+            work / MANIFEST,
+            {
+                "format": FORMAT,
+                "step": 0,
+                "created": utc_now(),
+                "weights_sha256": digest,
+                "architecture": plan.model.architecture,
+                "parameters": plan.parameters,
+                "source": {"kind": "huggingface", "name": hf_dir.resolve().name, "bytes": total, "skipped": skipped},
+                "versions": versions(),
+                "files": {
+                    name: {"bytes": path.stat().st_size, "sha256": hashes.get(name) or file_sha256(path)}
+                    for name, path in files.items()
+                },
+            },
+        )
+    return make_report("import", hf_dir, out, plan, total, began, digest, tuple(skipped))
+
+
+def make_report(
+    action: str,
+    source: Path,
+    out: str | Path,
+    plan: Plan,
+    total: int,
+    began: float,
+    digest: str,
+    skipped: tuple[str, ...] = (),
+) -> Report:
+    """The report of a conversion that began at `began` (time.monotonic)."""
+    return Report(
+        action=action,
+        source=str(source),
+        out=str(out),
+        architecture=plan.model.architecture,
+        parameters=plan.parameters,
+        tensors=len(plan.hf_shapes),
+        bytes=total,
+        seconds=time.monotonic() - began,
+        peak_rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
+        weights_sha256=digest,
+        skipped=skipped,
+    )
+
+
+def check_tied(plan: Plan, shards: SafetensorsFolder, block_bytes: int) -> None:
+    """A tied model may hold its output layer as well: then it must be the embedding, bit by bit.
+
+    Raises DataError where it is not: nobody can know which of the two is meant.
+    """
+    if not plan.tied_twin or plan.tied_twin[0] not in shards.names():
+        return
+    head, embedding = plan.tied_twin
+    same = shards.dtype(head) == shards.dtype(embedding) and shards.shape(head) == shards.shape(embedding)
+    if same:
+        rows, width = shards.shape(head)[0], row_bytes(shards.dtype(head), shards.shape(head))
+        step = max(1, block_bytes // 2 // width)
+        for start in range(0, rows, step):
+            stop = min(rows, start + step)
+            left, right = bytearray((stop - start) * width), bytearray((stop - start) * width)
+            shards.read(head, start, stop, memoryview(left))
+            shards.read(embedding, start, stop, memoryview(right))
+            if left != right:
+                same = False
+                break
+    if not same:
+        raise DataError(
+            f"{shards.folder}: config.json has tie_word_embeddings = true, but {head} differs from {embedding}; "
+            "fix: set tie_word_embeddings to false, or delete the tensor that is not meant"
+        )
+
+
+def _copy_side_files(hf_dir: Path, keep: Path) -> list[str]:
+    """Copy what is not weights; returns the names of what was left out."""
+    keep.mkdir()
+    skipped = []
+    for path, kept in side_files(hf_dir):
+        if path.name == LAYOUT:
+            raise DataError(f"{path}: this name is reserved for checkpoints; rename the file")
+        if kept:
+            shutil.copyfile(path, keep / path.name)
+        else:
+            skipped.append(path.name + ("/" if path.is_dir() else ""))
+    return skipped

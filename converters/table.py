@@ -1,0 +1,142 @@
+"""Which Hugging Face tensors make up which megatron-core tensor: one declarative row each.
+
+Every mcore tensor is a concatenation, along its rows, of row ranges of HF tensors. A row of the table says which and in
+what order; import, export, every tensor-parallel slice and the check that nothing is lost are all derived from it. An
+architecture is a list of rows: a new one is added with `register`, without touching the engine.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from megafuse.errors import ConfigError, UnsupportedModelError
+from megafuse.model.arch import ModelArch
+
+Pack = Literal["concat", "grouped"]
+
+
+@dataclass(frozen=True)
+class Hf:
+    """An HF tensor: its name (`{i}` is the layer) and its shape, one letter a dimension (see `dimensions`)."""
+
+    name: str
+    dims: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One mcore tensor.
+
+    Attributes:
+        mcore: canonical checkpoint name; `{i}` is the layer. mcore stores every layer spec under Transformer Engine's
+            names, where a norm belongs to the linear layer behind it.
+        hf: the HF tensors that it is made of.
+        pack: `concat` puts whole tensors one after the other; tensor parallelism cuts each of them. `grouped` takes,
+            for each KV group in turn, that group's rows of each tensor; tensor parallelism cuts the packed rows.
+        tp: the dimension that tensor parallelism cuts, or None where every rank holds all of it.
+        stage: the pipeline stage: `first`, `last`, or the one that holds the layer.
+        untied_only: the row does not exist where the output layer is the embedding.
+    """
+
+    mcore: str
+    hf: tuple[Hf, ...]
+    pack: Pack = "concat"
+    tp: Literal[0, 1] | None = None
+    stage: Literal["first", "layer", "last"] = "layer"
+    untied_only: bool = False
+
+    @property
+    def vocabulary(self) -> bool:
+        """Its rows are tokens: training may have padded them, files that megafuse writes never are."""
+        return self.hf[0].dims[0] == "V"
+
+
+@dataclass(frozen=True)
+class Arch:
+    """An architecture: its HF class name, its rows, and the modules that mcore expects an `_extra_state` of.
+
+    Attributes:
+        tied_output: (HF name of the output layer, HF name of the embedding that it equals where they are tied).
+        derived: suffixes of HF tensors that follow from the configuration (old buffers): carried along, never loaded.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    extra_states: tuple[str, ...]
+    tied_output: tuple[str, str] = ("lm_head.weight", "model.embed_tokens.weight")
+    derived: tuple[str, ...] = (".rotary_emb.inv_freq",)
+
+
+_H, _M = "model.layers.{i}.", "decoder.layers.{i}."
+_ATTENTION = (
+    Row(_M + "self_attention.linear_qkv.layer_norm_weight", (Hf(_H + "input_layernorm.weight", "H"),)),
+    Row(
+        _M + "self_attention.linear_qkv.weight",
+        (
+            Hf(_H + "self_attn.q_proj.weight", "QH"),
+            Hf(_H + "self_attn.k_proj.weight", "KH"),
+            Hf(_H + "self_attn.v_proj.weight", "KH"),
+        ),
+        pack="grouped",
+        tp=0,
+    ),
+    Row(_M + "self_attention.linear_proj.weight", (Hf(_H + "self_attn.o_proj.weight", "HQ"),), tp=1),
+)
+_GATED_MLP = (
+    Row(_M + "mlp.linear_fc1.layer_norm_weight", (Hf(_H + "post_attention_layernorm.weight", "H"),)),
+    Row(
+        _M + "mlp.linear_fc1.weight",
+        (Hf(_H + "mlp.gate_proj.weight", "FH"), Hf(_H + "mlp.up_proj.weight", "FH")),
+        tp=0,
+    ),
+    Row(_M + "mlp.linear_fc2.weight", (Hf(_H + "mlp.down_proj.weight", "HF"),), tp=1),
+)
+_EMBEDDING = Row("embedding.word_embeddings.weight", (Hf("model.embed_tokens.weight", "VH"),), tp=0, stage="first")
+_HEAD = (
+    Row("decoder.final_layernorm.weight", (Hf("model.norm.weight", "H"),), stage="last"),
+    Row("output_layer.weight", (Hf("lm_head.weight", "VH"),), tp=0, stage="last", untied_only=True),
+)
+
+LLAMA = Arch(
+    "LlamaForCausalLM",
+    rows=(_EMBEDDING, *_ATTENTION, *_GATED_MLP, *_HEAD),
+    extra_states=(
+        _M + "self_attention.core_attention.",
+        _M + "self_attention.linear_qkv.",
+        _M + "self_attention.linear_proj.",
+        _M + "mlp.linear_fc1.",
+        _M + "mlp.linear_fc2.",
+        "decoder.final_layernorm.",
+        "output_layer.",
+    ),
+)
+
+_REGISTERED: dict[str, Arch] = {}
+
+
+def register(arch: Arch) -> Arch:
+    """Make `arch` known under its HF class name. Raises ConfigError when that name is taken by another table."""
+    if _REGISTERED.setdefault(arch.name, arch) != arch:
+        raise ConfigError(f"architecture {arch.name!r} is registered already, with other rows; choose another name")
+    return arch
+
+
+def find(name: str) -> Arch:
+    """The table of an HF class name. Raises UnsupportedModelError, naming the known ones."""
+    if name not in _REGISTERED:
+        raise UnsupportedModelError(f"architecture {name!r} has no conversion table; known: {sorted(_REGISTERED)}")
+    return _REGISTERED[name]
+
+
+def dimensions(arch: ModelArch) -> Mapping[str, int]:
+    """What the letters of `Hf.dims` stand for: V tokens, H hidden, F MLP width, Q query rows, K key (or value) rows."""
+    return {
+        "V": arch.vocab_size,
+        "H": arch.hidden_size,
+        "F": arch.ffn_hidden_size,
+        "Q": arch.num_heads * arch.head_dim,
+        "K": arch.num_kv_heads * arch.head_dim,
+    }
+
+
+register(LLAMA)
