@@ -57,7 +57,7 @@ def rloo(
         ratio = at(d, members).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
         clipped = ratio.clamp(1 - clip, 1 + clip)
         gain = torch.minimum(ratio * advantage, clipped * advantage)
-        metrics["clip_fraction"] = metric((ratio != clipped).sum(1) / count, terms.weights)
+        metrics["clip_fraction"] = metric((ratio != clipped).double().sum(1) / count, terms.weights)
 
     reward = at(rewards, members)
     order = torch.stack(
