@@ -9,8 +9,7 @@ import numpy as np
 
 from megafuse.errors import ConfigError
 from megafuse.observe.manifest import atomic_file
-from megafuse.observe.metrics import read_metrics
-from megafuse.observe.names import find
+from megafuse.observe.metrics import number, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 # name, title, line colour (Okabe and Ito: told apart with any colour vision)
 _PANELS = (
     ("loss", "loss", "#0072B2"),
-    ("margin", "reward margin", "#009E73"),
+    ("margin", "margin", "#009E73"),
     ("accuracy", "preference accuracy", "#D55E00"),
     ("grad_norm", "gradient norm", "#CC79A7"),
     ("lr", "learning rate", "#56B4E9"),
@@ -69,7 +68,7 @@ def run_figure(stages: Sequence[tuple[str, Sequence[dict[str, Any]]]], title: st
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = [p for p in _PANELS if any(find(r, p[0]) is not None for _, records in stages for r in records)]
+    panels = [p for p in _PANELS if any(number(r, p[0]) is not None for _, records in stages for r in records)]
     rows, columns = (math.ceil(len(panels) / 2), 2) if len(panels) > 1 else (1, 1)
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(max(6.4, 6.0 * len(stages)), 0.9 + 2.1 * rows), dpi=150, layout="constrained")
@@ -115,7 +114,7 @@ def _draw_stage(
     steps = np.array([record["step"] for record in records], dtype=np.int64)
     axes = block.subplots(*grid, squeeze=False, sharex=True).ravel()
     for axis, panel in zip(axes, panels):
-        values = np.array([find(record, panel[0]) for record in records], dtype=np.float64)  # None becomes NaN
+        values = np.array([number(record, panel[0]) for record in records], dtype=np.float64)  # None becomes NaN
         _draw_panel(axis, steps, values, panel, broken)
     for axis in axes[len(panels) :]:
         axis.remove()

@@ -150,6 +150,12 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return [record for record, _ in _records(path, content)]
 
 
+def number(record: Mapping[str, Any], name: str) -> float | None:
+    """The number that a record has under `name`; None where there is none, or a null."""
+    value = record.get(name)
+    return float(value) if isinstance(value, int | float) else None
+
+
 def _records(path: Path, content: bytes) -> list[tuple[dict[str, Any], int]]:
     """(record, byte offset of its end) of every complete line of `content`."""
     found: list[tuple[dict[str, Any], int]] = []

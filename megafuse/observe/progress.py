@@ -11,7 +11,7 @@ from rich import progress as bars
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from megafuse.observe.names import find
+from megafuse.observe.metrics import number
 
 _SHOWN: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("loss", lambda v: f"loss {v:.4f}"),
@@ -115,7 +115,7 @@ class Progress:
 
 def describe(metrics: Mapping[str, Any]) -> list[str]:
     """The known metrics as short texts: `["loss 0.6931", "lr 5.00e-07"]`. What is not finite shows as nan or inf."""
-    found = {name: find(metrics, name) for name, _ in _SHOWN} | dict.fromkeys(metrics.get("nonfinite", ()), math.nan)
+    found = {name: number(metrics, name) for name, _ in _SHOWN} | dict.fromkeys(metrics.get("nonfinite", ()), math.nan)
     return [text(value) for name, text in _SHOWN if (value := found[name]) is not None]
 
 

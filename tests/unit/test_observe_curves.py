@@ -47,16 +47,16 @@ def test_png_of_two_stages_without_touching_pyplot(tmp_path: Path) -> None:
 
 
 def test_curves_carry_the_numbers_and_missing_metrics_say_so() -> None:
-    sft, po = panels([("FuseSFT", records(10)), ("FusePO", records(50, reward_margin=0.25, accuracy=0.6))])
+    sft, po = panels([("FuseSFT", records(10)), ("FusePO", records(50, margin=0.25, reward_margin=9.0, accuracy=0.6))])
     assert list(sft) == list(po) and len(po) == 6
     (loss,) = sft["loss"].lines
     assert loss.get_xydata().tolist() == [[s, 1 / s] for s in range(1, 11)]
-    assert [t.get_text() for t in sft["reward margin"].texts] == ["not reported"] and not sft["reward margin"].lines
+    assert [t.get_text() for t in sft["margin"].texts] == ["not reported"] and not sft["margin"].lines
     raw, mean = po["loss"].lines
     assert raw.get_ydata().tolist() == [1 / s for s in range(1, 51)]
     np.testing.assert_array_equal(mean.get_ydata(), smooth(raw.get_ydata(), 10))
     assert len(po["learning rate"].lines) == 1
-    assert po["reward margin"].lines[0].get_ydata().tolist() == [0.25] * 50
+    assert po["margin"].lines[0].get_ydata().tolist() == [0.25] * 50
 
 
 def test_panels_that_no_stage_reports_are_left_out() -> None:

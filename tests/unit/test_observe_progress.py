@@ -109,7 +109,7 @@ def test_a_failing_body_leaves_the_terminal_and_the_error() -> None:
         ({}, []),
         ({"loss": None, "nonfinite": ["loss", "odd"]}, ["loss nan"]),
         ({"loss": float("inf"), "accuracy": 0.5}, ["loss inf", "acc 0.500"]),
-        ({"reward_margin": 2.0, "preference_accuracy": 0.75, "other": 1}, ["margin 2", "acc 0.750"]),
+        ({"reward_margin": 9.0, "margin": 2.0, "accuracy": 0.75, "other": 1}, ["margin 2", "acc 0.750"]),
         ({"mfu": None}, []),
     ],
 )
