@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from megafuse.config.load import dump_toml, read_toml
+from megafuse.config.load import dump_toml, load
 from megafuse.config.train import TrainConfig
 from megafuse.errors import ConfigError
 
@@ -25,7 +25,7 @@ def refuse_drift(config: TrainConfig) -> None:
         temporary.write_text(dump_toml(config))
         temporary.rename(path)
         return
-    before = _flat(TrainConfig.model_validate(read_toml(path)).model_dump(mode="json"))
+    before = _flat(load(TrainConfig, path).model_dump(mode="json"))
     now = _flat(config.model_dump(mode="json"))
     changed = [key for key in now if before.get(key) != now[key] and not key.startswith(FREE)]
     if changed:

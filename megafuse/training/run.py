@@ -176,7 +176,7 @@ class _Run:
             row = build_row([self.data[int(g)] for g in groups], prefix_sharing=sharing, row_tokens=plan.row_tokens)
             logps = None
             if reference is not None:
-                logps = torch.from_numpy(reference.of_groups(row.groups)).float().to(topology.device)
+                logps = torch.from_numpy(reference.of_groups(row.groups)).to(topology.device)
             rows.append(RowInput(row.to(topology.device), logps))
         return train_step(
             engine,
@@ -246,7 +246,7 @@ class _Run:
 
 def batch_denominator(loss: Loss, data: GroupDataset, plan: BatchPlan) -> float:
     """What the loss of a global batch is divided by: its groups, or for `token_mean` its weighted tokens."""
-    if not loss.counts_tokens:
+    if loss.settings.get("reduction") != "token_mean":
         return float(plan.groups)
     groups = (data[int(g)] for rank in plan.rows for row in rank for g in row)
     return sum(loss.denominator(g.members, g.weights, g.response_lengths) for g in groups)

@@ -32,7 +32,7 @@ class RowInput:
     """A row on the device, and the reference log-probs of its responses where the loss wants them."""
 
     row: Row
-    ref_logps: Tensor | None  # [n] float32
+    ref_logps: Tensor | None  # [n] float64
 
 
 def forward_rows(model: Any, rows: Sequence[Any], step: Any, *, row_tokens: int, forward_only: bool) -> list[Any]:
@@ -97,11 +97,9 @@ def _loss(loss: Loss, item: RowInput, denominator: float, progress: float, logps
 
 def reduce_metrics(topology: Topology, outputs: list[dict[str, Tensor]]) -> dict[str, tuple[float, float]]:
     """Add (sum, weight) pairs of all rows of all ranks in float64. Every rank gets the same numbers."""
-    mine = outputs if topology.is_reporter else []
-    names = sorted({name for output in mine for name in output})
-    names = topology.from_last_stage(names)
+    names = topology.from_last_stage(sorted({name for output in outputs for name in output}))
     total = torch.zeros(len(names), 2, dtype=torch.float64)
-    for output in mine:
+    for output in outputs if topology.is_reporter else []:
         total += torch.stack([output[name].double().cpu() for name in names])
     total = topology.sum_over_world(total).cpu()
     return {name: (pair[0].item(), pair[1].item()) for name, pair in zip(names, total)}

@@ -1,0 +1,91 @@
+"""Run collective functions in several real processes over gloo, on one machine, with a deadline."""
+
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+
+class WorkerFailed(AssertionError):
+    """A worker process raised or died; the message holds its rank and traceback."""
+
+
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0) -> list[Any]:
+    """`function(*args)` on `world_size` ranks of one gloo world; the results by rank.
+
+    `function` must be importable by name in a fresh process (tests keep theirs in `megafuse.testing`), its results
+    picklable. A calling program needs the `if __name__ == "__main__"` guard.
+
+    Raises:
+        WorkerFailed: a rank raised (with its traceback), died, or missed the deadline; all processes are gone then.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+        processes = [
+            context.Process(target=_worker, args=(send, rank, world_size, folder, timeout, function, args))
+            for rank, (_, send) in enumerate(pipes)
+        ]
+        try:
+            for process, (_, send) in zip(processes, pipes):
+                process.start()
+                send.close()
+            return _results([receive for receive, _ in pipes], timeout)
+        finally:
+            for process in processes:
+                process.join(5)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+
+
+def _results(pipes: Sequence[Connection], timeout: float) -> list[Any]:
+    """What every rank returned. Of several failures the first to arrive is raised: the others follow from it."""
+    deadline, waiting = time.monotonic() + timeout, {pipe: rank for rank, pipe in enumerate(pipes)}
+    results: list[Any] = [None] * len(pipes)
+    while waiting:
+        ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise WorkerFailed(f"ranks {sorted(waiting.values())} gave no result within {timeout:.0f} s")
+        for pipe in ready:
+            rank = waiting.pop(pipe)  # type: ignore[arg-type]
+            try:
+                failed, results[rank] = pipe.recv()  # type: ignore[union-attr]
+            except EOFError:
+                raise WorkerFailed(f"rank {rank} died without a result") from None
+            if failed:
+                raise WorkerFailed(f"rank {rank} raised:\n{results[rank]}")
+    return results
+
+
+def _worker(
+    pipe: Connection, rank: int, world: int, folder: str, timeout: float, function: Callable[..., Any], args: Any
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    store = dist.FileStore(str(Path(folder) / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+    try:
+        pipe.send((False, function(*args)))
+    except BaseException:
+        pipe.send((True, traceback.format_exc()))
+        pipe.close()
+        os._exit(1)  # peers wait in a collective: their pipes break, and this process must not wait for them
+    dist.destroy_process_group()
+
+
+def run_trainings(configs: Sequence[Any]) -> None:
+    """Train each TrainConfig in turn in the joined world: several layouts for one start of the processes."""
+    from megafuse.training.run import train
+
+    for config in configs:
+        train(config)

@@ -1,0 +1,157 @@
+"""The same training in plain PyTorch: transformers' model in float64, one response at a time, no packing, no Megatron.
+
+Slow and simple on purpose. It shares with the product only the order of the groups and the files; the losses are
+written out again from their equations.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from megafuse.config.loss import LossConfig
+from megafuse.config.train import TrainConfig
+from megafuse.data.dataset import GroupDataset
+from megafuse.data.sampler import BatchSampler
+from megafuse.data.types import Group
+
+
+@dataclass(frozen=True)
+class OracleStep:
+    """Loss and unclipped gradient norm of one optimizer step.
+
+    `magnitude` is the loss with every summand taken by its absolute value: what fp32 errors are relative to. It equals
+    the loss except for RLOO's policy gradient, whose summands A_j * log pi(y_j) cancel to a hundredth of their size.
+    """
+
+    loss: float
+    grad_norm: float
+    magnitude: float
+
+
+def double_model(hf_folder: Path) -> Any:
+    """transformers' model with float64 weights AND float64 arithmetic (its own RMSNorm would fall back to fp32)."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(hf_folder, attn_implementation="sdpa").double()
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            exact = torch.nn.RMSNorm(module.weight.numel(), eps=module.variance_epsilon, dtype=torch.float64)
+            exact.weight = module.weight
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, exact)
+    return model
+
+
+def response_logps(model: Any, group: Group) -> Tensor:
+    """Sum of log-probs of each response of a group, each with its own copy of the prompt. [n] float64"""
+    sums = []
+    for response in group.responses:
+        ids = torch.from_numpy(np.concatenate((group.prompt, response)).astype(np.int64))[None]
+        logps = model(ids).logits[0].log_softmax(-1)
+        n = len(response)
+        sums.append(logps[-n - 1 : -1].gather(-1, ids[0, -n:, None]).sum())
+    return torch.stack(sums)
+
+
+def group_loss(config: LossConfig, group: Group, logps: Tensor, ref: Tensor, progress: float) -> tuple[Tensor, float]:
+    """(loss, magnitude) of one group, from the equations of the papers (FuseRL Eqs. 9-11, DPO, SimPO, RLOO, WRPO)."""
+    lengths = group.response_lengths
+    beta = config.beta or 0.0
+    d = logps - ref
+    total, magnitude = torch.zeros((), dtype=torch.float64), 0.0
+    for term, weight in zip(group.members, group.weights):
+        ids = [int(i) for i in term if i >= 0]
+        if config.name == "sft":
+            per_token = config.reduction == "sequence_mean"
+            summands = -logps[ids[:1]] / (lengths[ids[0]] if per_token else 1)
+        elif config.name == "rloo":
+            summands = _rloo(config, group.rewards[ids], d[ids], logps[ids])
+        else:
+            w, last = ids[0], ids[-1]
+            if config.name == "dpo":
+                margin = beta * (d[w] - d[last])
+            elif config.name == "ln_dpo":
+                margin = beta * (d[w] / lengths[w] - d[last] / lengths[last])
+            elif config.name == "simpo":
+                margin = beta * (logps[w] / lengths[w] - logps[last] / lengths[last]) - config.gamma
+            else:  # wrpo: [best source, best own, worst own]
+                a = config.alpha_max * progress
+                margin = beta * (a * d[w] + (1 - a) * d[ids[1]] - d[last])
+            smooth = config.label_smoothing or 0.0
+            summands = (-(1 - smooth) * logsigmoid(margin) - smooth * logsigmoid(-margin))[None]
+        total = total + weight * summands.sum()
+        magnitude += weight * float(summands.abs().sum())
+    return total, magnitude
+
+
+def _rloo(config: LossConfig, rewards: np.ndarray, d: Tensor, logps: Tensor) -> Tensor:
+    k = len(rewards)
+    shaped = torch.from_numpy(rewards) - config.beta_kl * d.detach()
+    advantage = torch.stack([shaped[j] - (shaped.sum() - shaped[j]) / (k - 1) for j in range(k)])
+    if config.surrogate == "clipped_ratio":
+        ratio = d.exp()
+        clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
+        return -torch.minimum(ratio * advantage, clipped * advantage) / k
+    return -(advantage * logps) / k
+
+
+def oracle_steps(hf_folder: Path, config: TrainConfig, steps: int) -> list[OracleStep]:
+    """The first `steps` optimizer steps of the run that `config` describes, its model being `hf_folder`."""
+    data = GroupDataset(config.data.dataset)
+    sampler = BatchSampler(len(data), config.global_batch_size, config.epochs, config.seed)
+    total = min(sampler.total_steps, config.max_steps or sampler.total_steps)
+    policy = double_model(hf_folder)
+    frozen = copy.deepcopy(policy)
+    decayed = [p for p in policy.parameters() if p.ndim > 1]
+    others = [p for p in policy.parameters() if p.ndim == 1]
+    optim = config.optim
+    adam = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+    )
+    results = []
+    for step in range(steps):
+        groups = [data[int(g)] for g in sampler.batch(step)]
+        denominator = float(len(groups))
+        if config.loss.reduction == "token_mean":
+            denominator = sum(float((g.weights * g.response_lengths[g.members[:, 0]]).sum()) for g in groups)
+        adam.zero_grad()
+        value = magnitude = 0.0
+        for group in groups:
+            with torch.no_grad():
+                ref = response_logps(frozen, group)
+            loss, size = group_loss(config.loss, group, response_logps(policy, group), ref, step / total)
+            (loss / denominator).backward()
+            value += float(loss) / denominator
+            magnitude += size / denominator
+        norm = float(torch.sqrt(sum((p.grad**2).sum() for p in policy.parameters())))
+        if 0 < optim.clip_grad < norm + 1e-6:
+            for p in policy.parameters():
+                p.grad.mul_(optim.clip_grad / (norm + 1e-6))
+        for group_ in adam.param_groups:
+            group_["lr"] = learning_rate(config, step, total)
+        adam.step()
+        results.append(OracleStep(value, norm, magnitude))
+    return results
+
+
+def learning_rate(config: TrainConfig, step: int, total: int) -> float:
+    """Rate of update `step` (from 0): linear warm-up that ends at the peak, then decay towards `min_lr`."""
+    optim = config.optim
+    warmup = round(optim.warmup_ratio * total)
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
+    if optim.schedule == "constant":
+        return optim.lr
+    shift = 1 if warmup else 0
+    share = (step + shift - warmup) / (total + shift - warmup)
+    curve = 0.5 * (1 + math.cos(math.pi * share)) if optim.schedule == "cosine" else 1 - share
+    return optim.min_lr + (optim.lr - optim.min_lr) * curve

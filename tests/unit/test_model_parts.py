@@ -1,0 +1,129 @@
+"""RoPE, norm and row attention against transformers and plain float64 arithmetic."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from megafuse.model.arch import ModelArch, RopeScaling
+from megafuse.model.attention import BlockCache, RowAttention, row_blocks, visible
+from megafuse.model.rope import RowRotary, inverse_frequencies
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    seed = int.from_bytes(os.urandom(4), "little")
+    print("seed", seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def arch(scaling: RopeScaling | None) -> ModelArch:
+    return ModelArch(
+        architecture="LlamaForCausalLM", num_layers=2, hidden_size=64, ffn_hidden_size=96, num_heads=4, num_kv_heads=2,
+        head_dim=16, vocab_size=50, max_position_embeddings=4096, rms_norm_eps=1e-5, rope_theta=5e5,
+        rope_scaling=scaling, tie_word_embeddings=True, torch_dtype="float32",
+    )  # fmt: skip
+
+
+SCALINGS = [
+    None,
+    RopeScaling(8.0, 1.0, 4.0, 8192),
+    RopeScaling(32.0, 1.0, 4.0, 8192),
+    RopeScaling(4.0, 1.0, 2.0, 100),
+    RopeScaling(2.0, 0.5, 8.0, 1024),
+]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_inverse_frequencies_equal_transformers(scaling: RopeScaling | None) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    if scaling:
+        rope = {"rope_type": "llama3", "rope_theta": 5e5, **vars(scaling)}
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=4096, rope_parameters=rope)
+    theirs = LlamaRotaryEmbedding(config)
+    ours = inverse_frequencies(arch(scaling))
+    assert torch.equal(ours, theirs.inv_freq)
+    positions = torch.tensor([0, 1, 7, 3, 4000])
+    rotary = RowRotary(arch(scaling), torch.device("cpu"))
+    rotary.positions = positions
+    cos, _ = theirs(torch.zeros(1), positions[None])
+    assert torch.equal(rotary(0)[:, 0, 0].cos(), cos[0])
+
+
+def random_layout(rng: torch.Generator, shared: bool) -> Tensor:
+    """Three groups of uneven sizes, then padding. [2, t]"""
+    segment, parent, next_id = [], [], 0
+    for _ in range(3):
+        sizes = torch.randint(1, 6, (4,), generator=rng).tolist()
+        prompt = next_id
+        for i, size in enumerate(sizes):
+            segment += [next_id] * size
+            parent += [prompt if shared else next_id] * size
+            next_id += 1
+            assert shared or i >= 0
+    pad = int(torch.randint(0, 4, (), generator=rng))
+    return torch.tensor([segment + [-1] * pad, parent + [-1] * pad], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_visible_means_own_segment_so_far_and_the_whole_parent(rng: torch.Generator, shared: bool) -> None:
+    layout = random_layout(rng, shared)
+    segment, parent = layout.tolist()
+    mask = visible(layout[0], layout[1])
+    for q in range(len(segment)):
+        for k in range(len(segment)):
+            wanted = segment[q] >= 0 and k <= q and segment[k] in (segment[q], parent[q])
+            assert bool(mask[q, k]) == wanted
+
+
+class _Config:
+    kv_channels = 8
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_row_attention_equals_dense_float64(rng: torch.Generator, shared: bool) -> None:
+    layout = random_layout(rng, shared)
+    t = layout.size(1)
+    real = int((layout[0] >= 0).sum())
+    q, k, v = (torch.randn(t, 1, h, 8, generator=rng, requires_grad=True) for h in (6, 2, 2))
+    attention = RowAttention.__new__(RowAttention)
+    torch.nn.Module.__init__(attention)
+    attention.blocks, attention.scale = BlockCache(), 8**-0.5
+    out = attention(q, k, v, layout)
+
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    keys, values = (x[:, 0].repeat_interleave(3, dim=1) for x in wide[1:])
+    scores = torch.einsum("qhd,khd->hqk", wide[0][:, 0], keys) * 8**-0.5
+    mask = visible(layout[0], layout[1])
+    weights = torch.softmax(scores.masked_fill(~mask, float("-inf"))[:, :real], -1)
+    want = torch.einsum("hqk,khd->qhd", weights, values).reshape(real, 48)
+    torch.testing.assert_close(out[:real, 0].double(), want, rtol=1e-5, atol=1e-6)
+    assert not out[real:].any()
+
+    push = torch.randn(real, 48, generator=rng)
+    (out[:real, 0] * push).sum().backward()
+    (want * push).sum().backward()
+    for ours, theirs in zip((q, k, v), wide):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_an_empty_row_gives_zeros_and_a_gradient_path() -> None:
+    layout = torch.full((2, 4), -1, dtype=torch.int32)
+    q, k, v = (torch.randn(4, 1, 2, 8, requires_grad=True) for _ in range(3))
+    attention = RowAttention.__new__(RowAttention)
+    torch.nn.Module.__init__(attention)
+    attention.blocks, attention.scale = BlockCache(), 1.0
+    out = attention(q, k, v, layout)
+    assert out.shape == (4, 1, 16) and not out.any() and out.requires_grad
+
+
+def test_blocks_are_built_once_a_row_and_never_mixed_up(rng: torch.Generator) -> None:
+    cache = BlockCache(capacity=2)
+    rows = [random_layout(rng, True) for _ in range(5)]
+    for row in rows:
+        assert cache.get(row) is cache.get(row.detach())
+        assert [(b.start, b.stop) for b in cache.get(row)] == [(b.start, b.stop) for b in row_blocks(row)]
