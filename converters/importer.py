@@ -1,5 +1,6 @@
 """Hugging Face folder -> checkpoint folder: bytes are copied, nothing is computed, no model is built."""
 
+import contextlib
 import resource
 import shutil
 import time
@@ -101,10 +102,20 @@ def make_report(
         tensors=len(plan.hf_shapes),
         bytes=total,
         seconds=time.monotonic() - began,
-        peak_rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
+        peak_rss_mib=peak_rss_mib(),
         weights_sha256=digest,
         skipped=skipped,
     )
+
+
+def peak_rss_mib() -> int:
+    """The most memory that this process has had so far, in MiB.
+
+    VmHWM where there is /proc: ru_maxrss would start at what the parent had when it started us.
+    """
+    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status", encoding="ascii") as status:
+        return int(next(line for line in status if line.startswith("VmHWM:")).split()[1]) >> 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
 def check_tied(plan: Plan, shards: SafetensorsFolder, block_bytes: int) -> None:

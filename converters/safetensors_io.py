@@ -27,6 +27,8 @@ _BITS = {
     **dict.fromkeys(("U64", "I64", "F64"), 64),
 }
 
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -232,11 +234,8 @@ def side_files(folder: Path) -> Iterator[tuple[Path, bool]]:
     """
     weights = set(weight_files(folder))
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name not in weights:
-            yield (
-                path,
-                not path.name.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")),
-            )
+        if path.name not in weights:
+            yield path, path.is_file() and not path.name.endswith(_OTHER_WEIGHTS)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
