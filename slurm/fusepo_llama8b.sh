@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# FusePO (length-normalised DPO) of a FuseSFT'ed Llama-3.1-8B-Instruct, from scored answers to a Hugging Face folder.
+# In the repository's root:
+#
+#   MODEL=runs/fusesft-llama8b/hf DATA='scored/*.jsonl.gz' sbatch -N 4 slurm/fusepo_llama8b.sh
+#
+# Any number of nodes (-N). Further arguments go to `megafuse train`: ... fusepo_llama8b.sh --optim.lr 8e-7
+# Submitted again with the same RUN it goes on where it stopped: finished stages are skipped, training resumes.
+#
+#   MODEL  Hugging Face folder of the target model, which is the reference too (required)
+#   DATA   scored answers: .jsonl or .jsonl.gz files, wildcards allowed (required)
+#   RUN    folder for everything that is made, on a file system that all nodes see; default runs/JOBNAME
+#   TP PP  tensor- and pipeline-parallel ranks; default 4 and 1. Data parallel is what is left.
+#   BUILD  further arguments of `megafuse build`, for example "--min_gap 0.01 --max_gap 0.1"
+#   NPROC  processes a node; default: the GPUs that Slurm gives
+#SBATCH --job-name=fusepo-llama8b
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gres=gpu:8
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+set -euo pipefail
+# not $0: Slurm runs a copy of this file from its spool folder
+export MEGAFUSE_ROOT=${MEGAFUSE_ROOT:-${SLURM_SUBMIT_DIR:?submit this file with sbatch}}
+# shellcheck source=slurm/stages.sh
+source "$MEGAFUSE_ROOT/slurm/stages.sh"
+layout "${TP:-4}" "${PP:-1}"
+
+if todo build "$RUN/dataset/manifest.json"; then
+  megafuse build --inputs "${INPUTS[@]}" --output "$RUN/dataset" --tokenizer "$MODEL" \
+    --kind pair --alpha 5e-3 --max_length 2048 "${BUILD_ARGS[@]}"
+fi
+if todo import "$RUN/model/manifest.json"; then
+  megafuse convert import "$MODEL" "$RUN/model"
+fi
+if todo reference "$RUN/hf/config.json" && ! grep -qs '"complete": true' "$RUN/reference/manifest.json"; then
+  every_node reference --out "$RUN/reference" --model.path "$RUN/model" \
+    --data.dataset "$RUN/dataset" --data.max_row_tokens 16384 "${LAYOUT[@]}"
+fi
+if todo train "$RUN/hf/config.json"; then
+  every_node train "$PRESETS/fusepo_llama8b.toml" --run_dir "$RUN/train" --model.path "$RUN/model" \
+    --data.dataset "$RUN/dataset" --reference.path "$RUN/reference" "${LAYOUT[@]}" "$@"
+fi
+if todo export "$RUN/hf/config.json"; then
+  newest=$(newest_checkpoint "$RUN/train") # apart: a failure inside an argument would go unseen
+  megafuse convert export "$newest" "$RUN/hf"
+fi
+say "done: $RUN/hf"

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# FuseSFT of Llama-3.1-8B-Instruct, from scored answers to a Hugging Face folder. In the repository's root:
+#
+#   MODEL=/models/Llama-3.1-8B-Instruct DATA='scored/*.jsonl.gz' sbatch -N 4 slurm/fusesft_llama8b.sh
+#
+# Any number of nodes (-N). Further arguments go to `megafuse train`: ... fusesft_llama8b.sh --optim.lr 7e-6
+# Submitted again with the same RUN it goes on where it stopped: finished stages are skipped, training resumes.
+#
+#   MODEL  Hugging Face folder of the target model (required)
+#   DATA   scored answers: .jsonl or .jsonl.gz files, wildcards allowed (required)
+#   RUN    folder for everything that is made, on a file system that all nodes see; default runs/JOBNAME
+#   TP PP  tensor- and pipeline-parallel ranks; default 2 and 1. Data parallel is what is left.
+#   BUILD  further arguments of `megafuse build`, for example "--max_prompts 20000"
+#   NPROC  processes a node; default: the GPUs that Slurm gives
+#SBATCH --job-name=fusesft-llama8b
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gres=gpu:8
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+set -euo pipefail
+# not $0: Slurm runs a copy of this file from its spool folder
+export MEGAFUSE_ROOT=${MEGAFUSE_ROOT:-${SLURM_SUBMIT_DIR:?submit this file with sbatch}}
+# shellcheck source=slurm/stages.sh
+source "$MEGAFUSE_ROOT/slurm/stages.sh"
+layout "${TP:-2}" "${PP:-1}"
+
+if todo build "$RUN/dataset/manifest.json"; then
+  megafuse build --inputs "${INPUTS[@]}" --output "$RUN/dataset" --tokenizer "$MODEL" \
+    --kind sft --alpha 1e-2 --max_length 2048 "${BUILD_ARGS[@]}"
+fi
+if todo import "$RUN/model/manifest.json"; then
+  megafuse convert import "$MODEL" "$RUN/model"
+fi
+if todo train "$RUN/hf/config.json"; then
+  every_node train "$PRESETS/fusesft_llama8b.toml" --run_dir "$RUN/train" --model.path "$RUN/model" \
+    --data.dataset "$RUN/dataset" "${LAYOUT[@]}" "$@"
+fi
+if todo export "$RUN/hf/config.json"; then
+  newest=$(newest_checkpoint "$RUN/train") # apart: a failure inside an argument would go unseen
+  megafuse convert export "$newest" "$RUN/hf"
+fi
+say "done: $RUN/hf"
