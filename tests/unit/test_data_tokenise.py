@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megafuse.data.tokenise import ChatTokenizer
@@ -210,18 +210,21 @@ def test_a_prompt_that_changes_once_it_is_answered(tmp_path: Path) -> None:
     assert isinstance(found, DataError) and "differently once it is answered" in str(found)
 
 
-@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
+@pytest.mark.parametrize("kind", ["bytes", "metaspace", "llama"])
 def test_a_blank_before_the_answer(tmp_path: Path, kind: str) -> None:
     """Mistral's templates write `[/INST] answer`: the answer's tokens must be those of the text in one piece."""
     user, answer = "'[INST] ' + m.content + ' [/INST]'", "' ' + m.content + eos_token"
     template = f"{{% for m in messages %}}{{{{ {user} if m.role == 'user' else {answer} }}}}{{% endfor %}}"
     folder(tmp_path, template)
-    if kind == "metaspace":
-        words = ["<unk>", "</s>", "[INST]", "[/INST]", *"▁abcdefghijklmnopqrstuvwxyzWIBO?.264*\n", "▁I", "▁B"]
+    if kind != "bytes":
+        words = ["<unk>", "</s>", "[INST]", "[/INST]", *"▁abcdefghijklmnopqrstuvwxyzWIBONST[]/?.264*\n", "▁I", "▁B"]
         core = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [("▁", "I"), ("▁", "B")], unk_token="<unk>"))
-        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
-        core.decoder = decoders.Metaspace(prepend_scheme="always")
-        core.add_special_tokens(["</s>", "[INST]", "[/INST]"])
+        if kind == "metaspace":
+            core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+            core.add_special_tokens(["[INST]", "[/INST]"])
+        else:  # Llama 2: a blank is prepended to every text, even to one that has one, and [INST] is plain text
+            core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        core.add_special_tokens(["</s>"])
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
         tokenizer.chat_template = template
         tokenizer.save_pretrained(tmp_path)
