@@ -1,6 +1,7 @@
 // One global batch onto data parallel ranks: the same number of rows everywhere, total costs even, longest row short.
 #pragma once
 
+#include <iterator>
 #include <set>
 
 #include "packing.hpp"
@@ -221,9 +222,7 @@ inline void even_out(const Ints& tokens, Rows& rows) {
     groups.insert(groups.end(), row.begin(), row.end());
     before = std::max(before, sum_of(row, tokens));
   }
-  std::sort(groups.begin(), groups.end(), [&](int64_t a, int64_t b) {
-    return tokens[a] != tokens[b] ? tokens[a] > tokens[b] : a < b;
-  });
+  sort_by_size(groups, tokens);
   using Length = std::pair<int64_t, size_t>;
   std::priority_queue<Length, std::vector<Length>, std::greater<>> shortest;
   for (size_t r = 0; r < rows.size(); ++r) shortest.emplace(0, r);
@@ -238,18 +237,55 @@ inline void even_out(const Ints& tokens, Rows& rows) {
   if (after < before) rows = std::move(even);
 }
 
-// Two searches: with rows no longer than they must be, then, if ranks stay uneven, with all that the budget allows. A
-// longer row makes the padding of every rank dearer, so the second result has to be better by a percent of the goal.
+// The other way round: groups by falling cost to the cheapest rank with tokens to spare, then rows inside each rank. It
+// balances costs that do not follow the tokens, at the price of longer rows, and fails where the budget is tight.
+inline std::optional<Rows> deal_groups(const Ints& tokens, const Ints& cost, int64_t budget, int64_t ranks,
+                                       int64_t per_rank) {
+  std::set<std::pair<int64_t, int64_t>> cheapest;  // cost, rank
+  for (int64_t rank = 0; rank < ranks; ++rank) cheapest.emplace(0, rank);
+  Ints room(static_cast<size_t>(ranks), budget * per_rank);
+  Rows own(static_cast<size_t>(ranks));
+  for (int64_t g : largest_first(cost)) {
+    const auto fits = [&](const auto& entry) { return room[entry.second] >= tokens[g]; };
+    const auto found = std::find_if(cheapest.begin(), cheapest.end(), fits);
+    if (found == cheapest.end()) return std::nullopt;
+    const auto [load, rank] = *found;
+    own[rank].push_back(g);
+    room[rank] -= tokens[g];
+    cheapest.erase(found);
+    cheapest.emplace(load + cost[g], rank);
+  }
+  const bool can_fill = static_cast<int64_t>(tokens.size()) >= ranks * per_rank;
+  Rows dealt;
+  for (Row& groups : own) {
+    if (can_fill && static_cast<int64_t>(groups.size()) < per_rank) return std::nullopt;  // would leave a row empty
+    sort_by_size(groups, tokens);
+    auto rows = best_fit(tokens, groups, budget, static_cast<size_t>(per_rank));
+    if (!rows) return std::nullopt;
+    spread(tokens, *rows, per_rank);
+    std::move(rows->begin(), rows->end(), std::back_inserter(dealt));
+  }
+  return dealt;
+}
+
+// First with rows no longer than they must be, then, if ranks stay uneven, with all that the budget allows. A longer
+// row makes the padding of every rank dearer, so the second result has to be better by a percent of the goal.
 inline Rows balance(const Ints& tokens, const Ints& cost, Rows rows, int64_t budget, int64_t ranks, int64_t per_rank) {
   const int64_t total = std::accumulate(cost.begin(), cost.end(), int64_t{0});
   const int64_t bound = std::max(ceil_div(total, ranks), *std::max_element(cost.begin(), cost.end()));
   const int64_t goal = bound + bound / 1000, percent = bound / 100;
-  Balancer tight(tokens, cost, std::move(rows), ranks, per_rank);
-  tight.run(tight.longest(), goal);
+  const Balancer tight = [&] {
+    Balancer search(tokens, cost, std::move(rows), ranks, per_rank);
+    search.run(search.longest(), goal);
+    return search;
+  }();
   if (tight.heaviest() <= goal + percent) return tight.rows();
-  Balancer relaxed = tight;
-  relaxed.run(budget, goal);
-  return relaxed.heaviest() + percent < tight.heaviest() ? relaxed.rows() : tight.rows();
+  std::vector<Balancer> searches{tight};
+  if (auto dealt = deal_groups(tokens, cost, budget, ranks, per_rank))
+    searches.emplace_back(tokens, cost, std::move(*dealt), ranks, per_rank);
+  for (Balancer& search : searches) search.run(budget, goal);
+  const auto& best = searches.back().heaviest() < searches.front().heaviest() ? searches.back() : searches.front();
+  return best.heaviest() + percent < tight.heaviest() ? best.rows() : tight.rows();
 }
 
 inline Plan pack_batch(const Ints& tokens, const std::vector<double>& cost, int64_t budget, int64_t ranks) {

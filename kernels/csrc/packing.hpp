@@ -56,13 +56,17 @@ inline void check_tokens(const Ints& tokens, int64_t budget) {
                   " (the largest group), or build with fewer sources or shorter responses");
 }
 
-// Indices by falling key, equal keys by rising index.
+// By falling key, equal keys by rising index.
+inline void sort_by_size(Ints& indices, const Ints& key) {
+  std::sort(indices.begin(), indices.end(), [&](int64_t a, int64_t b) {
+    return key[a] != key[b] ? key[a] > key[b] : a < b;
+  });
+}
+
 inline Ints largest_first(const Ints& key) {
   Ints order(key.size());
   std::iota(order.begin(), order.end(), int64_t{0});
-  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    return key[a] != key[b] ? key[a] > key[b] : a < b;
-  });
+  sort_by_size(order, key);
   return order;
 }
 

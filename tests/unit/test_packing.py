@@ -263,7 +263,7 @@ def test_skewed_costs_are_balanced_and_a_dominant_group_stands_alone():
     rng = np.random.default_rng(2)
     cost = rng.pareto(1.5, 512) + 0.01
     tokens = np.minimum(1000, 1 + (100 * cost).astype(np.int64))
-    plan = packing.pack_batch(tokens, cost, 8192, 4)
+    plan = packing.pack_batch(tokens, cost, 4096, 4)  # rows 96 % full: swapping alone gets stuck here
     loads = np.array([sum(cost[row].sum() for row in rows) for rows in plan])
     assert loads.max() <= max(loads.mean(), cost.max()) * 1.01
     plan = packing.pack_batch([10] * 9, [100.0] + [1.0] * 8, 60, 3)
