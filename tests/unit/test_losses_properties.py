@@ -84,6 +84,7 @@ def test_step_zero_is_ln_2(dtype: torch.dtype, rng: np.random.Generator) -> None
             losses, metrics = LOSSES[name][0](s, terms, **SETTINGS[name], label_smoothing=smoothing)
             assert (losses.double() - math.log(2)).abs().max() < 1e-6
         assert metrics["kl"].tolist() == [0.0, 2.0] and metrics["margin"][0] == 0
+        assert metrics["accuracy"].tolist() == [0.0, 2.0]  # a tie is not a win
 
 
 def test_float64_reference_keeps_its_digits() -> None:
