@@ -151,4 +151,10 @@ def layout(parallel: ParallelConfig, *, seed: int = 0) -> Iterator[Topology]:
                 device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
             )
         finally:
+            # mcore only forgets its groups; without this every layout would leave dozens of gloo threads behind
+            groups = getattr(parallel_state, "_global_process_group_list", None) or []
             parallel_state.destroy_model_parallel()
+            for group in groups:
+                if group is not None:
+                    with contextlib.suppress(ValueError):  # some are gone with destroy_model_parallel
+                        dist.destroy_process_group(group)

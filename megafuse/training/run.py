@@ -166,6 +166,7 @@ class _Run:
                 self._guard(result, step + 1, skipped)
                 last = step + 1 == total
                 if last or (config.checkpoint.interval and (step + 1) % config.checkpoint.interval == 0):
+                    log.sync()  # the metrics of a step are on disk before the checkpoint that skips it
                     newest = self._save(engine, step + 1, optimizer=not last or config.checkpoint.final_optimizer)
         return newest
 

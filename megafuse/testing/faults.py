@@ -1,0 +1,43 @@
+"""Faults to inject into a run, for tests that show what happens then."""
+
+from typing import Any
+
+
+def poison_gradient(config: Any, rank: int, step: int) -> dict[str, Any]:
+    """Train `config` in the joined world while rank `rank` finds a NaN gradient in optimizer step `step` (from 1).
+
+    Returns what this rank saw: `error` (text or None) and whether its parameters changed in that step.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from megafuse.errors import MegafuseError
+    from megafuse.training import run as training_run
+    from megafuse.training.step import train_step
+
+    seen: dict[str, Any] = {"error": None, "changed": None, "step": 0}
+
+    def poisoned(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        seen["step"] += 1
+        if seen["step"] != step:
+            return train_step(engine, *args, **kwargs)
+        before = [p.detach().clone() for p in engine.bare.parameters()]
+        hook = None
+        if dist.get_rank() == rank:
+            param = next(p for p in engine.bare.parameters() if p.requires_grad)
+            hook = param.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
+        result = train_step(engine, *args, **kwargs)
+        if hook is not None:
+            hook.remove()
+        after = engine.bare.parameters()
+        seen["changed"] = not all(torch.equal(a, b) for a, b in zip(before, after))
+        return result
+
+    original, training_run.train_step = training_run.train_step, poisoned  # type: ignore[assignment]
+    try:
+        training_run.train(config)
+    except MegafuseError as error:
+        seen["error"] = f"{type(error).__name__}: {error}"
+    finally:
+        training_run.train_step = original
+    return seen

@@ -1,0 +1,49 @@
+"""A NaN on one rank: every rank learns of it before any rank updates a parameter."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megafuse.config.train import TrainConfig
+from megafuse.converters.importer import import_hf
+from megafuse.observe.metrics import read_metrics
+from megafuse.testing.distributed import run_distributed
+from megafuse.testing.faults import poison_gradient
+from megafuse.testing.tiny import write_tiny_dataset, write_tiny_llama
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("nonfinite")
+    import_hf(write_tiny_llama(root / "hf", seed=5), root / "model")
+    write_tiny_dataset(root / "sft", "sft", seed=6)
+    return root
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"pipeline": 2}], ids=["dp2", "tp2", "pp2"])
+@pytest.mark.parametrize("policy", ["halt", "skip"])
+def test_no_rank_updates(inputs: Path, tmp_path: Path, parallel: dict[str, Any], policy: str) -> None:
+    config = TrainConfig.model_validate(
+        {
+            "run_dir": tmp_path / "run",
+            "model": {"path": inputs / "model", "precision": "fp32"},
+            "data": {"dataset": inputs / "sft", "max_row_tokens": 256},
+            "loss": {"name": "sft"},
+            "optim": {"lr": 1e-3},
+            "parallel": parallel,
+            "checkpoint": {"interval": 0, "final_optimizer": False},
+            "observe": {"tensorboard": False},
+            "global_batch_size": 8,
+            "max_steps": 3,
+            "on_nonfinite": policy,
+        }
+    )
+    for seen in run_distributed(poison_gradient, 2, config, 1, 2):
+        assert seen["changed"] is False
+        assert (seen["error"] or "").startswith("NonFiniteError: step 2") == (policy == "halt")
+    records = read_metrics(tmp_path / "run")
+    assert [r["updated"] for r in records] == ([True, False] if policy == "halt" else [True, False, True])
+    assert records[1]["grad_norm"] is None and "grad_norm" in records[1]["nonfinite"]
