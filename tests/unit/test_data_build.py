@@ -210,6 +210,14 @@ def test_length_rules(make: Any, model: Path) -> None:
     assert dropped.prompt_ids == ["q"] and dropped.manifest["counts"]["prompts_dropped.long_group"] == 1
 
 
+def test_a_cut_answer_keeps_no_part_of_its_end_of_turn(make: Any) -> None:
+    frame = len(make([lengths(20, 30)], "frame", kind="rank")[0].prompt)
+    settings = {"kind": "rank", "end_of_turn": "!!<|im_end|>", "on_long_response": "truncate_end"}
+    for room in (30, 31):  # 31: the text and one token of its end would fit
+        (ids,) = make([lengths(20, 30)], f"room{room}", max_length=frame + room, **settings)[0].responses
+        assert len(ids) == 30
+
+
 def test_unfinished_answers(make: Any) -> None:
     row = lengths(4, 10, 20)
     row["responses"][1]["finish_reason"] = "length"
