@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -102,7 +103,7 @@ def read_cache(folder: Path, expected: dict[str, str], offsets: np.ndarray, leng
             with np.load(path) as part:
                 logps.append(part["logps"])
                 found.append(part["lengths"])
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise IntegrityError(f"{path} cannot be read ({error}); delete it and run `megafuse reference`") from error
     values = np.concatenate([np.zeros(0), *logps])
     counted = np.concatenate([np.zeros(0, np.int64), *found])

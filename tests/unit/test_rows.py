@@ -1,0 +1,118 @@
+"""Rows of groups against a naive construction; the plan of a global batch; the sampler."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megafuse.data.dataset import GroupDataset
+from megafuse.data.rows import RowPlanner, build_row
+from megafuse.data.sampler import BatchSampler
+from megafuse.errors import DataError
+from megafuse.model.arch import ModelArch
+from megafuse.model.attention import visible
+from megafuse.testing.tiny import write_tiny_dataset
+
+ARCH = ModelArch(
+    architecture="LlamaForCausalLM", num_layers=2, hidden_size=32, ffn_hidden_size=64, num_heads=4, num_kv_heads=2,
+    head_dim=8, vocab_size=120, max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=1e4, rope_scaling=None,
+    tie_word_embeddings=True, torch_dtype="float32",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["sft", "pair", "rloo", "wrpo", "rank"])
+def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> GroupDataset:
+    seed = int.from_bytes(os.urandom(4), "little")
+    print("seed", seed)
+    return GroupDataset(write_tiny_dataset(tmp_path_factory.mktemp("rows") / "d", request.param, seed=seed))
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_every_target_sees_exactly_its_prompt_and_its_own_past(data: GroupDataset, sharing: bool) -> None:
+    groups = [data[i] for i in (3, 0, 7)]
+    tokens = sum(
+        len(g.prompt) * (1 if sharing else len(g.responses)) + int(g.response_lengths.sum()) for g in groups
+    )
+    row = build_row(groups, prefix_sharing=sharing, row_tokens=tokens + 5)
+    assert row.tokens.shape == (1, tokens + 5) and row.layout.shape == (2, tokens + 5)
+    assert (row.layout[:, tokens:] == -1).all() and (row.layout[:, :tokens] >= 0).all()
+    mask = visible(row.layout[0], row.layout[1])
+    place = response = 0
+    for group in groups:
+        for own in group.responses:
+            whole = np.concatenate([group.prompt, own])
+            for j, token in enumerate(own):
+                assert int(row.targets[place]) == token and int(row.target_response[place]) == response
+                at = int(row.target_rows[place])
+                seen = mask[at].nonzero().flatten()
+                assert row.tokens[0, seen].tolist() == whole[: len(group.prompt) + j].tolist()
+                assert row.positions[seen].tolist() == list(range(len(group.prompt) + j))
+                place += 1
+            response += 1
+    assert place == len(row.targets) and response == row.num_responses
+    assert row.rewards.tolist() == pytest.approx(np.concatenate([g.rewards for g in groups]).tolist())
+
+
+def test_terms_point_at_the_responses_of_their_group(data: GroupDataset) -> None:
+    groups = [data[i] for i in (1, 4)]
+    row = build_row(groups, prefix_sharing=True, row_tokens=4096)
+    wanted, first = [], 0
+    for g, group in enumerate(groups):
+        for term, weight in zip(group.members, group.weights):
+            wanted.append(([int(i) + first for i in term if i >= 0], pytest.approx(weight), g))
+        first += len(group.responses)
+    found = [
+        ([i for i in members if i >= 0], weight, g)
+        for members, weight, g in zip(
+            row.terms.members.tolist(), row.terms.weights.tolist(), row.terms.group.tolist()
+        )
+    ]
+    assert found == wanted and row.terms.num_groups == 2
+
+
+def test_an_empty_row_is_all_padding() -> None:
+    row = build_row([], prefix_sharing=True, row_tokens=4)
+    assert row.num_responses == 0 and row.terms.num_groups == 0 and row.terms.members.shape[0] == 0
+    assert (row.layout == -1).all() and len(row.targets) == 0
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_plan_counts_what_the_rows_hold(data: GroupDataset, sharing: bool, ranks: int) -> None:
+    planner = RowPlanner(data, ARCH, max_row_tokens=300, prefix_sharing=sharing, dp_size=ranks, multiple=4)
+    batch = np.array([5, 2, 9, 11, 0])
+    plan = planner.plan(batch)
+    rows = [
+        build_row([data[int(g)] for g in part], prefix_sharing=sharing, row_tokens=plan.row_tokens)
+        for rank in plan.rows
+        for part in rank
+    ]
+    assert len({len(rank) for rank in plan.rows}) == 1 and len(plan.rows) == ranks and plan.row_tokens % 4 == 0
+    assert sorted(g for row in rows for g in row.groups) == sorted(batch.tolist())
+    assert plan.computed_tokens == sum(row.tokens.numel() for row in rows)
+    assert plan.model_tokens == sum(int((row.layout[0] >= 0).sum()) for row in rows)
+    assert plan.pairs == sum(int(visible(row.layout[0], row.layout[1]).sum()) for row in rows)
+    assert plan.head_rows == sum(len(row.target_rows.unique()) for row in rows)
+    lengths = [len(data[int(g)].prompt) + int(data[int(g)].response_lengths.sum()) for g in batch]
+    assert plan.useful_tokens == sum(lengths) and plan.groups == 5
+
+
+def test_a_group_longer_than_a_row_is_named(data: GroupDataset) -> None:
+    longest = int(data.group_lengths.argmax())
+    with pytest.raises(DataError, match=rf"group {longest} .*needs {data.group_lengths.max()} tokens.*max_row_tokens"):
+        RowPlanner(
+            data, ARCH, max_row_tokens=int(data.group_lengths.max()) - 1, prefix_sharing=True, dp_size=1
+        )
+
+
+def test_every_epoch_visits_every_group_once_in_its_own_order() -> None:
+    sampler = BatchSampler(groups=23, batch_size=5, epochs=3, seed=1)
+    assert sampler.steps_per_epoch == 5 and sampler.total_steps == 15
+    epochs = [np.concatenate([sampler.batch(5 * e + i) for i in range(5)]) for e in range(3)]
+    assert all(sorted(epoch.tolist()) == list(range(23)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    again = BatchSampler(groups=23, batch_size=5, epochs=3, seed=1)
+    assert torch.equal(torch.from_numpy(again.batch(7)), torch.from_numpy(sampler.batch(7)))
+    assert not np.array_equal(BatchSampler(23, 5, 3, 2).batch(0), sampler.batch(0))
