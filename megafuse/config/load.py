@@ -243,17 +243,23 @@ def _config_as_dict(info: StructTypeInfo) -> StructConstructorSpec | None:
     if cls is None:
         return None
     defaults = vars(info.default) if isinstance(info.default, Config) else {}
+    hidden = {name: value for name, value in defaults.items() if _file_only(cls.model_fields[name])}
     fields = tuple(
-        StructFieldSpec(name, _flag_type(field), defaults.get(name, tyro.MISSING), field.description)
+        StructFieldSpec(name, _with_markers(field), defaults.get(name, tyro.MISSING), field.description)
         for name, field in cls.model_fields.items()
+        if not _file_only(field)
     )
-    return StructConstructorSpec(dict, fields)
+    return StructConstructorSpec(lambda **flags: {**hidden, **flags}, fields)
 
 
-def _flag_type(field: FieldInfo) -> Any:
+def _file_only(field: FieldInfo) -> bool:
+    """Whether flags cannot express the field: configs in a container would become subcommands."""
+    return _section(field.annotation) is None and _holds_config(field.annotation)
+
+
+def _with_markers(field: FieldInfo) -> Any:
     """The annotation with its metadata, so that `tyro.conf` markers in a config class have their effect."""
-    file_only = _section(field.annotation) is None and _holds_config(field.annotation)
-    return Annotated[(field.annotation, *field.metadata, *([tyro.conf.Fixed] if file_only else []), None)]
+    return Annotated[(field.annotation, *field.metadata, None)]  # None: Annotated wants one marker at least
 
 
 # ---- writing

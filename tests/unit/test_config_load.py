@@ -68,6 +68,8 @@ class Run(Config):
     """Per source."""
     sources: list[Source] = Field(default_factory=list)
     """Sources."""
+    other: Layout | None = None
+    """An optional section: files only."""
 
 
 def write(folder: Path, text: str, name: str = "run.toml") -> str:
@@ -195,6 +197,17 @@ def test_no_warning_on_any_default(tmp_path: Path, recwarn: pytest.WarningsRecor
     assert config.optim.clip is None and config.optim.betas == (1.0, 0.0)
     assert config.sources == [Source(name="q")] and config.weights == {"q": 1.0}
     assert [str(w.message) for w in recwarn.list] == []
+
+
+def test_an_optional_section_is_set_in_files_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--data", "a").other is None
+    config = run(write(tmp_path, 'data = "a"\n[other]\ntensor = 3\n'), "--layout.tensor", "2")
+    assert config.other == Layout(tensor=3)
+    assert load(Run, write(tmp_path, dump_toml(config))) == config
+    with pytest.raises(SystemExit):
+        run("--help")
+    text = capsys.readouterr().out
+    assert "subcommands" not in text and "--other.tensor" not in text
 
 
 def test_dump_reads_back_equal(tmp_path: Path) -> None:
