@@ -23,7 +23,7 @@ from megafuse.converters.safetensors_io import plain_name
 from megafuse.converters.views import TORCH_DTYPES, itemsize, pread_into
 from megafuse.errors import ConfigError, IntegrityError, UnsupportedModelError
 
-# What `.metadata` may name: plain records. mcore's two are empty classes of older checkpoints.
+# What `.metadata` may name: plain records. mcore keeps its save plan in it; its own two classes are older.
 _METADATA_GLOBALS = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -35,7 +35,14 @@ _METADATA_GLOBALS = {
         "TensorStorageMetadata",
         "_MEM_FORMAT_ENCODING",
     },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint.planner": {
+        "BytesIOWriteData",
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
     "torch.serialization": {"_get_layout"},
     "torch": {"Size", "bfloat16", "float16", "float32", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"},
     "collections": {"OrderedDict"},

@@ -57,6 +57,8 @@ class VerifyConfig(Config):
     """Hugging Face folder to compare with."""
     block_mb: Annotated[int, Field(ge=1)] = 64
     """MiB compared at a time; bounds the memory."""
+    logits: bool = False
+    """Also load both models in fp32 and compare their logits on random tokens (needs the memory of a model)."""
 
 
 class InspectConfig(Config):
@@ -94,6 +96,14 @@ def run_verify(config: VerifyConfig) -> int:
     if report.side_files_differ:
         print(f"beside the weights these differ: {', '.join(report.side_files_differ)}")
     print(f"weights sha256 {report.weights_sha256}")
+    if config.logits:
+        from megafuse.converters.logits import compare_logits
+
+        found = compare_logits(config.ckpt, config.hf_dir)
+        print(
+            f"logits of {found.tokens} tokens differ by at most {found.difference:.1e} where the largest is "
+            f"{found.largest:.1f}; argmax agrees at {found.agree:.1%}"
+        )
     return 0
 
 
