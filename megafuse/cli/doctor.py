@@ -34,9 +34,9 @@ def examine() -> list[Finding]:
         ("torch", software.torch),
         ("megatron-core", software.megatron),
         ("gloo", software.gloo),
+        ("megafuse.kernels._C", software.extension),
     ]
     optional = [
-        ("megafuse.kernels._C", software.extension),
         ("C++ compiler", software.compiler),
         ("triton", software.triton),
         ("Transformer Engine", software.transformer_engine),

@@ -109,15 +109,15 @@ def triton() -> Finding:
 
 
 def extension() -> Finding:
-    """The pybind11 packer."""
+    """The pybind11 packer, without which no batch can be laid out."""
     fix = f"{REINSTALL}; needs a C++17 compiler"
     try:
         module = importlib.import_module("megafuse.kernels._C")
     except ModuleNotFoundError:
-        return Finding("megafuse.kernels._C", "absent", "not built: the packer runs in Python, slowly", fix)
+        return Finding("megafuse.kernels._C", "problem", "not built: groups cannot be packed into rows", fix, core=True)
     except ImportError as error:
-        return Finding("megafuse.kernels._C", "problem", str(error).splitlines()[0], f"rebuild it: {fix}")
-    return Finding("megafuse.kernels._C", "ok", Path(str(module.__file__)).name)
+        return Finding("megafuse.kernels._C", "problem", str(error).splitlines()[0], f"rebuild it: {fix}", core=True)
+    return Finding("megafuse.kernels._C", "ok", Path(str(module.__file__)).name, core=True)
 
 
 def apex() -> Finding:
@@ -204,6 +204,6 @@ def compiler() -> Finding:
     names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
     path = next((found for name in names if name and (found := shutil.which(name))), None)
     if path is None:
-        return Finding("C++ compiler", "absent", "none found: the packer runs in Python", "apt-get install g++")
+        return Finding("C++ compiler", "absent", "none found: the packer cannot be built here", "apt-get install g++")
     done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False)
     return Finding("C++ compiler", "ok", (done.stdout.splitlines() or [path])[0])

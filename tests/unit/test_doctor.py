@@ -91,6 +91,12 @@ def test_a_folder_that_poses_as_hugging_face_kernels(tmp_path: Path, monkeypatch
     assert software.hf_kernels().status == "ok"
 
 
+def test_without_the_packer_megafuse_is_unusable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "megafuse.kernels._C", None)
+    found = software.extension()
+    assert found.status == "problem" and found.core and "C++17 compiler" in found.fix
+
+
 def test_a_version_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(software.REQUIRED, "megatron-core", ">=99")
     monkeypatch.setitem(software.REQUIRED, "no-such-distribution", "")
