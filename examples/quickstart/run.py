@@ -140,7 +140,8 @@ def build(args: argparse.Namespace, run: Path, target: Path, kind: str, field: s
     flags: list[Any] = [
         "--inputs", args.data, "--output", out, "--tokenizer", target, "--kind", kind, "--holdout", 0.2,
         "--seed", args.seed, "--reward_field", field, "--on_bad_response", "drop", "--on_bad_record", "skip",
-        "--max_length", 640, "--max_row_tokens", 4096, "--on_long_group", "drop", "--overwrite",
+        "--on_unfinished", "no_end_of_turn", "--max_length", 640, "--max_row_tokens", 4096, "--on_long_group", "drop",
+        "--overwrite",
     ]  # fmt: skip
     if kind != "rank":
         flags += ["--alpha", alpha]

@@ -79,10 +79,10 @@ def rng_state() -> dict[str, Any]:
     """State of every generator that a run could draw from."""
     from megatron.core import tensor_parallel
 
-    kind, keys, place, has_gauss, gauss = np.random.get_state()
-    state = {
+    kind, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), place, has_gauss, gauss),
+        "numpy": (kind, np.asarray(keys).tolist(), place, has_gauss, gauss),
         "torch": torch.get_rng_state(),
         "tensor_parallel": tensor_parallel.get_cuda_rng_tracker().get_states(),
     }
@@ -102,4 +102,3 @@ def restore_rng(state: dict[str, Any]) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(state["tensor_parallel"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-

@@ -19,7 +19,7 @@ def run(config: EvalConfig) -> int:
     from megafuse.errors import ConfigError
     from megafuse.evals.rank_accuracy import rank_accuracy
     from megafuse.observe.manifest import versions, write_json_atomic
-    from megafuse.reference.run import run_reference
+    from megafuse.parallel.quiet import quiet_dependencies
 
     data = GroupDataset(config.data.dataset)
     if data.kind != "rank":
@@ -27,7 +27,10 @@ def run(config: EvalConfig) -> int:
             f"eval needs a data set of kind 'rank' (every response kept), {data.path} is of kind {data.kind!r}; "
             f"build one with `megafuse build --kind rank`"
         )
-    logps = run_reference(config, config.out / "logps", "eval")
+    with quiet_dependencies():
+        from megafuse.reference.run import run_reference
+
+        logps = run_reference(config, config.out / "logps", "eval")
     if int(os.environ.get("RANK", "0")) == 0:
         result = rank_accuracy(data, logps.logps, logps.lengths)
         facts = {"model": str(config.model.path), "dataset": str(config.data.dataset), "versions": versions()}

@@ -11,7 +11,10 @@ CONFIG = ReferenceRunConfig
 
 def run(config: ReferenceRunConfig) -> int:
     """Write the cache; returns the exit code."""
-    from megafuse.reference.run import run_reference
+    from megafuse.parallel.quiet import quiet_dependencies
 
-    run_reference(config, config.out, config.name)
+    with quiet_dependencies():
+        from megafuse.reference.run import run_reference
+
+        run_reference(config, config.out, config.name)
     return 0

@@ -11,7 +11,10 @@ CONFIG = TrainConfig
 
 def run(config: TrainConfig) -> int:
     """Train; returns the exit code."""
-    from megafuse.training.run import train
+    from megafuse.parallel.quiet import quiet_dependencies
 
-    train(config)
+    with quiet_dependencies():
+        from megafuse.training.run import train
+
+        train(config)
     return 0

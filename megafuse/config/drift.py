@@ -1,6 +1,5 @@
 """A run goes on with the configuration that it began with, or says what has changed."""
 
-from pathlib import Path
 from typing import Any
 
 from megafuse.config.load import dump_toml, load

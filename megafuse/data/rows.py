@@ -194,8 +194,12 @@ def build_row(groups: Sequence[Group], *, prefix_sharing: bool, row_tokens: int)
         target_rows=_ints(target_rows),
         target_response=_ints(target_response),
         rewards=torch.from_numpy(np.concatenate([np.zeros(0), *rewards])).float(),
-        terms=Terms(_members(members), torch.from_numpy(np.concatenate([np.zeros(0), *weights])).float(),
-                    _ints(term_group), len(groups)),
+        terms=Terms(
+            _members(members),
+            torch.from_numpy(np.concatenate([np.zeros(0), *weights])).float(),
+            _ints(term_group),
+            len(groups),
+        ),
         groups=tuple(group.index for group in groups),
         responses=tuple(len(group.responses) for group in groups),
     )

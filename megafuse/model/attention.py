@@ -8,6 +8,7 @@ stand together (a block): attention never crosses blocks, so the cost is the sum
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def row_blocks(layout: Tensor) -> list[Block]:
     segment, parent = layout.cpu()
     starts = [0, *((parent[1:] != parent[:-1]).nonzero().flatten() + 1).tolist(), parent.numel()]
     blocks = []
-    for start, stop in zip(starts[:-1], starts[1:]):
+    for start, stop in pairwise(starts):
         if start == stop or parent[start] < 0:
             continue
         shared = bool((segment[start:stop] != parent[start:stop]).any())

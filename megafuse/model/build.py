@@ -83,9 +83,9 @@ def transformer_config(arch: ModelArch, parallel: ParallelConfig, backend: Backe
     dtype = DTYPES[backend.precision]
     recomputation: dict[str, Any] = {}
     if recompute == "full":
-        recomputation = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+        recomputation = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif recompute == "selective":
-        recomputation = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+        recomputation = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,

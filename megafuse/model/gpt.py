@@ -24,7 +24,7 @@ class FusionGPT(GPTModel):
         self.attention = attention
         self.true_vocab_size = true_vocab_size
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         tokens: Tensor,  # [1, t] int64
         positions: Tensor,  # [t] int64
@@ -58,7 +58,7 @@ class FusionGPT(GPTModel):
 
 
 def packed_params(layout: Tensor) -> PackedSeqParams:
-    """The row as Transformer Engine knows it: cumulative lengths of unshared sequences, padding as one more sequence."""
+    """The row as Transformer Engine knows it: cumulative lengths of unshared sequences, padding as one more."""
     segment = layout[0]
     cuts = (segment[1:] != segment[:-1]).nonzero().flatten() + 1
     ends = torch.tensor([segment.numel()], device=layout.device)

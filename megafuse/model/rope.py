@@ -33,7 +33,7 @@ def inverse_frequencies(arch: ModelArch) -> Tensor:
 
 
 class RowRotary(torch.nn.Module):
-    """Takes the place of mcore's `RotaryEmbedding` inside `GPTModel`: angles at `positions`, set before each forward."""
+    """Stands for mcore's `RotaryEmbedding` inside `GPTModel`: angles at `positions`, set before each forward."""
 
     def __init__(self, arch: ModelArch, device: torch.device) -> None:
         super().__init__()

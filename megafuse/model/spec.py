@@ -1,6 +1,6 @@
 """The layer specification: which module stands for each part of a transformer layer.
 
-Without Transformer Engine: mcore's parallel linear layers, our RMSNorm and our core attention. With it: mcore's TE spec,
+Without Transformer Engine: mcore's parallel linear layers, our RMSNorm and core attention. With it: mcore's TE spec,
 whose core attention is replaced by ours unless the run asks for TE's. Both store the same checkpoint names.
 """
 

@@ -97,7 +97,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
 
 @contextlib.contextmanager
 def cpu_runtime() -> Iterator[None]:
-    """Run megatron-core on the CPU inside this block; a no-op where CUDA is available. Not re-entrant across threads."""
+    """Run megatron-core on the CPU inside this block; a no-op where CUDA is available. Not for several threads."""
     if torch.cuda.is_available() or isinstance(torch.cuda.default_generators, _CpuGenerators):
         yield
         return

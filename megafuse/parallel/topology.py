@@ -1,6 +1,7 @@
 """Process groups of one run: who is where, and the few collectives that the rest of the package needs."""
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def check_layout(parallel: ParallelConfig, world_size: int) -> None:
     if world_size % need:
         raise ConfigError(
             f"world size {world_size} is not divisible by parallel.tensor x parallel.pipeline = "
-            f"{parallel.tensor} x {parallel.pipeline} = {need}; start a multiple of {need} processes or change the layout"
+            f"{parallel.tensor} x {parallel.pipeline} = {need}; start a multiple of {need} processes or another layout"
         )
 
 
@@ -151,10 +152,13 @@ def layout(parallel: ParallelConfig, *, seed: int = 0) -> Iterator[Topology]:
                 device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
             )
         finally:
-            # mcore only forgets its groups; without this every layout would leave dozens of gloo threads behind
+            # mcore only forgets its groups; without this every layout would leave dozens of gloo threads behind, each
+            # waking a hundred times a second until the cycles that hold its group are collected
             groups = getattr(parallel_state, "_global_process_group_list", None) or []
             parallel_state.destroy_model_parallel()
             for group in groups:
                 if group is not None:
                     with contextlib.suppress(ValueError):  # some are gone with destroy_model_parallel
                         dist.destroy_process_group(group)
+            del groups
+            gc.collect()

@@ -1,6 +1,6 @@
 """Forward-only log-probs of every response of a data set, through the same pipeline that trains."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def score_groups(
     model.train(was_training)
 
 
-def _forward_step(source: Iterator[Row], model: Any) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+def _forward_step(source: Iterator[Row], model: Any) -> tuple[Tensor, Any]:
     row = next(source)
 
     def collect(logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:

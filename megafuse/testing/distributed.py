@@ -47,16 +47,15 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
 
 def _results(pipes: Sequence[Connection], timeout: float) -> list[Any]:
     """What every rank returned. Of several failures the first to arrive is raised: the others follow from it."""
-    deadline, waiting = time.monotonic() + timeout, {pipe: rank for rank, pipe in enumerate(pipes)}
+    deadline, waiting = time.monotonic() + timeout, dict(enumerate(pipes))
     results: list[Any] = [None] * len(pipes)
     while waiting:
-        ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+        ready = wait(waiting.values(), max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise WorkerFailed(f"ranks {sorted(waiting.values())} gave no result within {timeout:.0f} s")
-        for pipe in ready:
-            rank = waiting.pop(pipe)  # type: ignore[arg-type]
+            raise WorkerFailed(f"ranks {sorted(waiting)} gave no result within {timeout:.0f} s")
+        for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
             try:
-                failed, results[rank] = pipe.recv()  # type: ignore[union-attr]
+                failed, results[rank] = waiting.pop(rank).recv()
             except EOFError:
                 raise WorkerFailed(f"rank {rank} died without a result") from None
             if failed:

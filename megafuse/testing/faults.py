@@ -33,7 +33,7 @@ def poison_gradient(config: Any, rank: int, step: int) -> dict[str, Any]:
         seen["changed"] = not all(torch.equal(a, b) for a, b in zip(before, after))
         return result
 
-    original, training_run.train_step = training_run.train_step, poisoned  # type: ignore[assignment]
+    original, training_run.train_step = training_run.train_step, poisoned
     try:
         training_run.train(config)
     except MegafuseError as error:

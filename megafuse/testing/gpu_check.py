@@ -30,7 +30,7 @@ def check(lab: Lab, loss: str, precision: str, layers: str) -> dict[str, float]:
 
 
 def main() -> int:
-    """Run every loss in fp32 and bf16 (and with Transformer Engine layers where usable). 1 when one is out of bounds."""
+    """Run every loss in fp32 and bf16, with Transformer Engine layers too where usable. 1 when one is out of bounds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file for device, versions and results")
     args = parser.parse_args()

@@ -63,16 +63,17 @@ def response_logps(model: Any, group: Group) -> Tensor:
 def group_loss(config: LossConfig, group: Group, logps: Tensor, ref: Tensor, progress: float) -> tuple[Tensor, float]:
     """(loss, magnitude) of one group, from the equations of the papers (FuseRL Eqs. 9-11, DPO, SimPO, RLOO, WRPO)."""
     lengths = group.response_lengths
-    beta = config.beta or 0.0
+    h = config.settings()
+    beta = h.get("beta", 0.0)
     d = logps - ref
     total, magnitude = torch.zeros((), dtype=torch.float64), 0.0
     for term, weight in zip(group.members, group.weights):
         ids = [int(i) for i in term if i >= 0]
         if config.name == "sft":
-            per_token = config.reduction == "sequence_mean"
+            per_token = h["reduction"] == "sequence_mean"
             summands = -logps[ids[:1]] / (lengths[ids[0]] if per_token else 1)
         elif config.name == "rloo":
-            summands = _rloo(config, group.rewards[ids], d[ids], logps[ids])
+            summands = _rloo(h, group.rewards[ids], d[ids], logps[ids])
         else:
             w, last = ids[0], ids[-1]
             if config.name == "dpo":
@@ -80,24 +81,24 @@ def group_loss(config: LossConfig, group: Group, logps: Tensor, ref: Tensor, pro
             elif config.name == "ln_dpo":
                 margin = beta * (d[w] / lengths[w] - d[last] / lengths[last])
             elif config.name == "simpo":
-                margin = beta * (logps[w] / lengths[w] - logps[last] / lengths[last]) - config.gamma
+                margin = beta * (logps[w] / lengths[w] - logps[last] / lengths[last]) - h["gamma"]
             else:  # wrpo: [best source, best own, worst own]
-                a = config.alpha_max * progress
+                a = h["alpha_max"] * progress
                 margin = beta * (a * d[w] + (1 - a) * d[ids[1]] - d[last])
-            smooth = config.label_smoothing or 0.0
+            smooth = h["label_smoothing"]
             summands = (-(1 - smooth) * logsigmoid(margin) - smooth * logsigmoid(-margin))[None]
         total = total + weight * summands.sum()
         magnitude += weight * float(summands.abs().sum())
     return total, magnitude
 
 
-def _rloo(config: LossConfig, rewards: np.ndarray, d: Tensor, logps: Tensor) -> Tensor:
+def _rloo(h: dict[str, Any], rewards: np.ndarray, d: Tensor, logps: Tensor) -> Tensor:
     k = len(rewards)
-    shaped = torch.from_numpy(rewards) - config.beta_kl * d.detach()
+    shaped = torch.from_numpy(rewards) - h["beta_kl"] * d.detach()
     advantage = torch.stack([shaped[j] - (shaped.sum() - shaped[j]) / (k - 1) for j in range(k)])
-    if config.surrogate == "clipped_ratio":
+    if h["surrogate"] == "clipped_ratio":
         ratio = d.exp()
-        clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
+        clipped = ratio.clamp(1 - h["clip"], 1 + h["clip"])
         return -torch.minimum(ratio * advantage, clipped * advantage) / k
     return -(advantage * logps) / k
 

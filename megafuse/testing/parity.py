@@ -72,7 +72,9 @@ class Lab:
         )
 
 
-def differences(run: list[dict[str, Any]], base: list[tuple[float, float]], exact: list[OracleStep]) -> dict[str, float]:
+def differences(
+    run: list[dict[str, Any]], base: list[tuple[float, float]], exact: list[OracleStep]
+) -> dict[str, float]:
     """Largest relative differences of `loss` and `grad_norm` between a run and (loss, gradient norm) of each step.
 
     The loss is taken relative to its magnitude (see OracleStep), which differs from the loss for RLOO only.

@@ -88,9 +88,7 @@ class _Run:
             self._say(f"{config.run_dir} is complete: {newest}")
             return newest
         planner = row_planner(config, self.data, self.arch, topology)
-        model = build_model(
-            self.arch, config.parallel, topology, self.backend, recompute=config.model.recompute
-        )
+        model = build_model(self.arch, config.parallel, topology, self.backend, recompute=config.model.recompute)
         self._say(f"world {topology.world_size} on {topology.device.type}, {self.backend}, {total} steps")
         reference = self._reference(model, planner)
         load_model(model, topology, config.model.path)
@@ -251,4 +249,3 @@ def batch_denominator(loss: Loss, data: GroupDataset, plan: BatchPlan) -> float:
         return float(plan.groups)
     groups = (data[int(g)] for rank in plan.rows for row in rank for g in row)
     return sum(loss.denominator(g.members, g.weights, g.response_lengths) for g in groups)
-

@@ -61,9 +61,7 @@ def test_one_process_equals_the_float64_oracle(single: dict[str, Any], oracle: d
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_every_layout_equals_one_process(
-    lab: Lab, single: dict[str, Any], oracle: dict[str, Any], world: int
-) -> None:
+def test_every_layout_equals_one_process(lab: Lab, single: dict[str, Any], oracle: dict[str, Any], world: int) -> None:
     layouts = {k: v for k, v in LAYOUTS.items() if v[0] == world}
     configs = {
         (loss, name): lab.config(loss, name, parallel=parallel, optim={"distributed": distributed})

@@ -278,7 +278,7 @@ def test_wrong_arguments_name_the_value() -> None:
         ("workspace_bytes=0", {"workspace_bytes": 0}),
     ):
         with pytest.raises(ConfigError, match=match):
-            linear_logprobs(hidden, weight, good, **kwargs)  # type: ignore[arg-type]
+            linear_logprobs(hidden, weight, good, **kwargs)
     with pytest.raises(ConfigError, match=r"float64 but weight is torch\.float32"):
         linear_logprobs(hidden, weight.float(), good)
     with pytest.raises(ConfigError, match="pass row_index"):

@@ -34,7 +34,7 @@ def random_rows(n: int) -> list[Row]:
         weights = rng.dirichlet(np.ones(len(terms)))
         rewards = rng.normal(size=count) * 10.0 ** rng.integers(-300, 300)
         answers = tuple(ids(20) for _ in range(count))
-        rows.append(Row(f"p{i:05}é", "math", ids(9), answers, tuple("abcde"[:count]), rewards, terms, weights))
+        rows.append(Row(f"p{i:05}\u00e9", "math", ids(9), answers, tuple("abcde"[:count]), rewards, terms, weights))
     return rows
 
 

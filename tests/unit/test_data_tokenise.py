@@ -64,7 +64,7 @@ def test_control_tokens_in_an_answer_are_text(tmp_path: Path) -> None:
 
 def test_batches_equal_single_calls(tmp_path: Path) -> None:
     tokenizer = ChatTokenizer(folder(tmp_path))
-    texts = ["", "a", ANSWER, "日本語 ✓", "x" * 3000]
+    texts = ["", "a", ANSWER, "\u65e5\u672c\u8a9e \u2713", "x" * 3000]
     for one, many in zip(texts, tokenizer.answers(texts)):
         np.testing.assert_array_equal(tokenizer.answers([one])[0], many)
     assert tokenizer.lengths(texts) == [len(a) for a in tokenizer.answers(texts)]
@@ -217,13 +217,23 @@ def test_a_blank_before_the_answer(tmp_path: Path, kind: str) -> None:
     template = f"{{% for m in messages %}}{{{{ {user} if m.role == 'user' else {answer} }}}}{{% endfor %}}"
     folder(tmp_path, template)
     if kind != "bytes":
-        words = ["<unk>", "</s>", "[INST]", "[/INST]", *"▁abcdefghijklmnopqrstuvwxyzWIBONST[]/?.264*\n", "▁I", "▁B"]
-        core = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [("▁", "I"), ("▁", "B")], unk_token="<unk>"))
+        words = [
+            "<unk>",
+            "</s>",
+            "[INST]",
+            "[/INST]",
+            *"\u2581abcdefghijklmnopqrstuvwxyzWIBONST[]/?.264*\n",
+            "\u2581I",
+            "\u2581B",
+        ]
+        core = Tokenizer(
+            models.BPE({w: i for i, w in enumerate(words)}, [("\u2581", "I"), ("\u2581", "B")], unk_token="<unk>")
+        )
         if kind == "metaspace":
             core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
             core.add_special_tokens(["[INST]", "[/INST]"])
         else:  # Llama 2: a blank is prepended to every text, even to one that has one, and [INST] is plain text
-            core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+            core.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
         core.add_special_tokens(["</s>"])
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
         tokenizer.chat_template = template

@@ -106,6 +106,14 @@ def test_rows_beat_best_fit_where_it_fails():
     assert as_lists([packing.pack_rows([6, 5, 4, 4, 3, 2], 12)]) == [[[0, 2, 5], [1, 3, 4]]]
 
 
+def test_many_rows_are_full():
+    # More groups than the subset search takes on: best fit alone has to be this good (worst fit needs 2 % more).
+    tokens = np.clip(np.random.default_rng(7).lognormal(6.5, 0.8, 5000), 16, 4096).astype(np.int64)
+    rows = packing.pack_rows(tokens, 4096)
+    assert_partition(rows, tokens, 4096)
+    assert len(rows) <= 1.003 * tokens.sum() / 4096 + 1
+
+
 def test_ties_are_broken_by_index():
     assert as_lists([packing.pack_rows([4] * 7, 8)]) == [[[0, 1], [2, 3], [4, 5], [6]]]
     plan = as_lists(packing.pack_batch([4] * 8, [1.0] * 8, 8, 2))
@@ -269,6 +277,23 @@ def test_skewed_costs_are_balanced_and_a_dominant_group_stands_alone():
     plan = packing.pack_batch([10] * 9, [100.0] + [1.0] * 8, 60, 3)
     assert [len(rows) for rows in plan] == [1, 1, 1]
     assert [0] in [rows[0].tolist() for rows in plan]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "cost", "ranks"),
+    [
+        ([13, 6, 13, 16, 8, 10], [109, 5, 66, 55, 4, 3], 3),
+        ([7, 18, 6, 5, 15], [2, 49, 126, 7, 454], 2),
+        ([15, 15, 19, 19, 4, 3, 3, 15], [34, 6, 1, 244, 95, 1143, 1, 306], 2),
+        ([18, 20, 3, 12, 16, 6], [3, 8, 4, 2, 176, 44], 3),
+        ([7, 12, 20, 15, 7, 2, 4], [187, 207, 9, 16, 78, 58, 14], 3),
+    ],
+)
+def test_balancing_leaves_no_row_empty(tokens, cost, ranks):
+    # The cheapest plan would leave the rank of the dearest group with an empty row.
+    plan = packing.pack_batch(tokens, cost, 20, ranks)
+    assert len(tokens) >= ranks * len(plan[0])
+    assert all(len(row) for rows in plan for row in rows)
 
 
 def test_fewer_groups_than_rows_leaves_empty_rows():

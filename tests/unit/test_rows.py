@@ -1,7 +1,6 @@
 """Rows of groups against a naive construction; the plan of a global batch; the sampler."""
 
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,9 +31,7 @@ def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("sharing", [True, False])
 def test_every_target_sees_exactly_its_prompt_and_its_own_past(data: GroupDataset, sharing: bool) -> None:
     groups = [data[i] for i in (3, 0, 7)]
-    tokens = sum(
-        len(g.prompt) * (1 if sharing else len(g.responses)) + int(g.response_lengths.sum()) for g in groups
-    )
+    tokens = sum(len(g.prompt) * (1 if sharing else len(g.responses)) + int(g.response_lengths.sum()) for g in groups)
     row = build_row(groups, prefix_sharing=sharing, row_tokens=tokens + 5)
     assert row.tokens.shape == (1, tokens + 5) and row.layout.shape == (2, tokens + 5)
     assert (row.layout[:, tokens:] == -1).all() and (row.layout[:, :tokens] >= 0).all()
@@ -65,9 +62,7 @@ def test_terms_point_at_the_responses_of_their_group(data: GroupDataset) -> None
         first += len(group.responses)
     found = [
         ([i for i in members if i >= 0], weight, g)
-        for members, weight, g in zip(
-            row.terms.members.tolist(), row.terms.weights.tolist(), row.terms.group.tolist()
-        )
+        for members, weight, g in zip(row.terms.members.tolist(), row.terms.weights.tolist(), row.terms.group.tolist())
     ]
     assert found == wanted and row.terms.num_groups == 2
 
@@ -102,9 +97,7 @@ def test_plan_counts_what_the_rows_hold(data: GroupDataset, sharing: bool, ranks
 def test_a_group_longer_than_a_row_is_named(data: GroupDataset) -> None:
     longest = int(data.group_lengths.argmax())
     with pytest.raises(DataError, match=rf"group {longest} .*needs {data.group_lengths.max()} tokens.*max_row_tokens"):
-        RowPlanner(
-            data, ARCH, max_row_tokens=int(data.group_lengths.max()) - 1, prefix_sharing=True, dp_size=1
-        )
+        RowPlanner(data, ARCH, max_row_tokens=int(data.group_lengths.max()) - 1, prefix_sharing=True, dp_size=1)
 
 
 def test_every_epoch_visits_every_group_once_in_its_own_order() -> None:
