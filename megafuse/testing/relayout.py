@@ -1,0 +1,53 @@
+"""Load a checkpoint at any layout, look at what it computes there, and save it again from there."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def next_token_logps(checkpoint: Path, parallel: dict[str, Any], tokens: list[int], resave: Path | None) -> list[float]:
+    """Log-probs of `tokens[1:]`, each given those before it, in fp32 at the layout `parallel` of the joined world.
+
+    With `resave`, the weights are also loaded in bf16 and saved from this layout by mcore, as a checkpoint below
+    that folder. Every rank gets the log-probs.
+    """
+    import torch
+
+    from megafuse.checkpoint import folder as checkpoints
+    from megafuse.checkpoint.state import load_model, model_state, save_state
+    from megafuse.config.train import ParallelConfig
+    from megafuse.data.rows import Row, build_row
+    from megafuse.data.types import Group
+    from megafuse.model.arch import read_arch
+    from megafuse.model.build import Backend, build_model
+    from megafuse.parallel.topology import layout
+    from megafuse.training.step import forward_rows, run_model
+
+    config = ParallelConfig(**parallel)
+    arch = read_arch(checkpoint)
+    ids = np.array(tokens, dtype=np.int32)
+    group = Group(0, "x", ids[:1], (ids[1:],), ("x",), np.zeros(1), np.zeros((0, 1), np.int32), np.zeros(0))
+    row = build_row([group], prefix_sharing=True, row_tokens=-(-len(ids) // config.tensor) * config.tensor)
+
+    def step(source: Any, model: Any) -> tuple[Any, Any]:
+        item: Row = next(source)
+        return run_model(model, item), lambda logps: (logps.sum(), torch.zeros((), dtype=torch.int), logps)
+
+    with layout(config) as topology, torch.no_grad():
+        model = build_model(arch, config, topology, Backend("torch", "sdpa", "fp32")).eval()
+        load_model(model, topology, checkpoint)
+        outputs = forward_rows(model, [row], step, row_tokens=row.tokens.numel(), forward_only=True)
+        logps = topology.from_last_stage([float(x) for x in outputs[0]] if outputs else None)
+        if resave is not None:
+            del model
+            model = build_model(arch, config, topology, Backend("torch", "sdpa", "bf16"))
+            load_model(model, topology, checkpoint)
+            folder = topology.from_rank_zero(checkpoints.begin(resave, 1) if topology.rank == 0 else None)
+            metadata = {"singleton_local_shards": False}
+            save_state({"model": model_state(model, topology), "content_metadata": metadata}, folder)
+            topology.barrier()
+            if topology.rank == 0:
+                checkpoints.commit(folder, checkpoint, {"step": 1, "optimizer": False}, keep=1)
+            topology.barrier()
+        return logps
