@@ -24,16 +24,48 @@ inline Ints integer_costs(const std::vector<double>& cost) {
   return units;
 }
 
+// The same groups in as many rows: falling sizes, each to the shortest row; kept where that lowers the longest one.
+inline Rows even_out(const Ints& tokens, Rows rows) {
+  Row groups;
+  int64_t before = 0, after = 0;
+  for (const Row& row : rows) {
+    groups.insert(groups.end(), row.begin(), row.end());
+    before = std::max(before, sum_of(row, tokens));
+  }
+  sort_by_size(groups, tokens);
+  using Length = std::pair<int64_t, size_t>;
+  std::priority_queue<Length, std::vector<Length>, std::greater<>> shortest;
+  for (size_t r = 0; r < rows.size(); ++r) shortest.emplace(0, r);
+  Rows even(rows.size());
+  for (int64_t g : groups) {
+    const auto [length, r] = shortest.top();
+    shortest.pop();
+    even[r].push_back(g);
+    shortest.emplace(length + tokens[g], r);
+    after = std::max(after, length + tokens[g]);
+  }
+  return after < before ? even : rows;
+}
+
 // Moves and swaps groups between ranks until the heaviest one cannot be relieved. Row r belongs to rank r / per_rank.
 class Balancer {
  public:
   Balancer(const Ints& tokens, const Ints& cost, Rows rows, int64_t ranks, int64_t per_rank)
       : tokens_(tokens), cost_(cost), rows_(std::move(rows)), ranks_(ranks), per_rank_(per_rank),
         length_(rows_.size()), row_cost_(rows_.size()), load_(static_cast<size_t>(ranks), 0) {
+    even_rows();
+    for (size_t r = 0; r < rows_.size(); ++r) load_[r / static_cast<size_t>(per_rank_)] += row_cost_[r];
+  }
+
+  // Makes the longest row of each rank short; no group changes its rank.
+  void even_rows() {
+    for (auto first = rows_.begin(); first != rows_.end(); first += per_rank_) {
+      Rows even = even_out(tokens_, Rows(first, first + per_rank_));
+      std::move(even.begin(), even.end(), first);
+    }
     for (size_t r = 0; r < rows_.size(); ++r) {
       length_[r] = sum_of(rows_[r], tokens_);
       row_cost_[r] = sum_of(rows_[r], cost_);
-      load_[r / static_cast<size_t>(per_rank_)] += row_cost_[r];
     }
   }
 
@@ -214,29 +246,6 @@ inline Rows deal(const Ints& cost, Rows rows, int64_t ranks, int64_t per_rank) {
   return dealt;
 }
 
-// The same groups in as many rows: falling sizes, each to the shortest row; kept where that lowers the longest one.
-inline void even_out(const Ints& tokens, Rows& rows) {
-  Row groups;
-  int64_t before = 0, after = 0;
-  for (const Row& row : rows) {
-    groups.insert(groups.end(), row.begin(), row.end());
-    before = std::max(before, sum_of(row, tokens));
-  }
-  sort_by_size(groups, tokens);
-  using Length = std::pair<int64_t, size_t>;
-  std::priority_queue<Length, std::vector<Length>, std::greater<>> shortest;
-  for (size_t r = 0; r < rows.size(); ++r) shortest.emplace(0, r);
-  Rows even(rows.size());
-  for (int64_t g : groups) {
-    const auto [length, r] = shortest.top();
-    shortest.pop();
-    even[r].push_back(g);
-    shortest.emplace(length + tokens[g], r);
-    after = std::max(after, length + tokens[g]);
-  }
-  if (after < before) rows = std::move(even);
-}
-
 // The other way round: groups by falling cost to the cheapest rank with tokens to spare, then rows inside each rank. It
 // balances costs that do not follow the tokens, at the price of longer rows, and fails where the budget is tight.
 inline std::optional<Rows> deal_groups(const Ints& tokens, const Ints& cost, int64_t budget, int64_t ranks,
@@ -268,23 +277,27 @@ inline std::optional<Rows> deal_groups(const Ints& tokens, const Ints& cost, int
   return dealt;
 }
 
-// First with rows no longer than they must be, then, if ranks stay uneven, with all that the budget allows. A longer
-// row makes the padding of every rank dearer, so the second result has to be better by a percent of the goal.
+// First with rows no longer than they must be, then, if ranks stay uneven, from two starts with all that the budget
+// allows. A longer row makes the padding of every rank dearer, so it has to buy a percent of the goal.
 inline Rows balance(const Ints& tokens, const Ints& cost, Rows rows, int64_t budget, int64_t ranks, int64_t per_rank) {
   const int64_t total = std::accumulate(cost.begin(), cost.end(), int64_t{0});
   const int64_t bound = std::max(ceil_div(total, ranks), *std::max_element(cost.begin(), cost.end()));
   const int64_t goal = bound + bound / 1000, percent = bound / 100;
-  const Balancer tight = [&] {
-    Balancer search(tokens, cost, std::move(rows), ranks, per_rank);
-    search.run(search.longest(), goal);
-    return search;
-  }();
+  const auto search = [&](Rows start, bool stretch) {
+    Balancer balancer(tokens, cost, std::move(start), ranks, per_rank);
+    balancer.run(balancer.longest(), goal);
+    if (stretch && balancer.heaviest() > goal + percent) balancer.run(budget, goal);
+    balancer.even_rows();
+    return balancer;
+  };
+  const Balancer tight = search(rows, false);
   if (tight.heaviest() <= goal + percent) return tight.rows();
-  std::vector<Balancer> searches{tight};
+  std::vector<Balancer> stretched{search(std::move(rows), true)};
   if (auto dealt = deal_groups(tokens, cost, budget, ranks, per_rank))
-    searches.emplace_back(tokens, cost, std::move(*dealt), ranks, per_rank);
-  for (Balancer& search : searches) search.run(budget, goal);
-  const auto& best = searches.back().heaviest() < searches.front().heaviest() ? searches.back() : searches.front();
+    stretched.push_back(search(std::move(*dealt), true));
+  const auto key = [&](const Balancer& b) { return std::pair(std::max(b.heaviest(), goal + percent), b.longest()); };
+  const Balancer& best = *std::min_element(stretched.begin(), stretched.end(),
+                                           [&](const Balancer& a, const Balancer& b) { return key(a) < key(b); });
   return best.heaviest() + percent < tight.heaviest() ? best.rows() : tight.rows();
 }
 
@@ -308,9 +321,8 @@ inline Plan pack_batch(const Ints& tokens, const std::vector<double>& cost, int6
 
   Plan plan;
   for (auto first = rows.begin(); first != rows.end(); first += per_rank) {
-    Rows& own = plan.emplace_back(first, first + per_rank);
-    even_out(tokens, own);
-    sort_rows(own, tokens);
+    plan.emplace_back(first, first + per_rank);
+    sort_rows(plan.back(), tokens);
   }
   return plan;
 }

@@ -107,7 +107,7 @@ def test_rows_beat_best_fit_where_it_fails():
 
 
 def test_many_rows_are_full():
-    # More groups than the subset search takes on: best fit alone has to be this good (worst fit needs 2 % more).
+    # More groups than the subset search takes on: best fit alone has to be this good.
     tokens = np.clip(np.random.default_rng(7).lognormal(6.5, 0.8, 5000), 16, 4096).astype(np.int64)
     rows = packing.pack_rows(tokens, 4096)
     assert_partition(rows, tokens, 4096)
@@ -277,6 +277,28 @@ def test_skewed_costs_are_balanced_and_a_dominant_group_stands_alone():
     plan = packing.pack_batch([10] * 9, [100.0] + [1.0] * 8, 60, 3)
     assert [len(rows) for rows in plan] == [1, 1, 1]
     assert [0] in [rows[0].tolist() for rows in plan]
+
+
+@pytest.mark.parametrize(
+    ("seed", "groups", "ranks", "excess", "padding"),
+    [(0, 100, 16, 0.01, 0.07), (2, 200, 16, 0.01, 0.07), (0, 200, 8, 0.01, 0.02), (2, 200, 8, 0.01, 0.03)],
+)
+def test_long_tails_are_balanced_in_short_rows(seed, groups, ranks, excess, padding):
+    # A few rows a rank, lengths over three orders of magnitude, costs that grow faster than lengths.
+    tokens = np.clip(np.random.default_rng(seed).lognormal(6, 0.8, groups), 10, 4000).astype(np.int64)
+    cost = tokens * (1 + tokens / 2000)
+    plan = packing.pack_batch(tokens, cost, 8192, ranks)
+    loads = [sum(cost[row].sum() for row in rows) for rows in plan]
+    longest = max(tokens[row].sum() for rows in plan for row in rows)
+    assert max(loads) <= max(np.mean(loads), cost.max()) * (1 + excess)
+    assert longest <= max(tokens.max(), tokens.sum() / (ranks * len(plan[0]))) * (1 + padding)
+
+
+def test_costs_that_ignore_tokens_are_balanced_by_longer_rows():
+    rng = np.random.default_rng(0)
+    tokens, cost = rng.integers(50, 1500, 300), rng.pareto(1.5, 300) + 0.01
+    loads = [sum(cost[row].sum() for row in rows) for rows in packing.pack_batch(tokens, cost, 8192, 4)]
+    assert max(loads) <= np.mean(loads) * 1.05  # 1.19 with rows no longer than they must be
 
 
 @pytest.mark.parametrize(
