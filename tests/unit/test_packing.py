@@ -298,7 +298,7 @@ def test_costs_that_ignore_tokens_are_balanced_by_longer_rows():
     rng = np.random.default_rng(0)
     tokens, cost = rng.integers(50, 1500, 300), rng.pareto(1.5, 300) + 0.01
     loads = [sum(cost[row].sum() for row in rows) for rows in packing.pack_batch(tokens, cost, 8192, 4)]
-    assert max(loads) <= np.mean(loads) * 1.05  # 1.19 with rows no longer than they must be
+    assert max(loads) <= max(np.mean(loads), cost.max()) * 1.05  # 1.19 with rows no longer than they must be
 
 
 @pytest.mark.parametrize(
