@@ -281,7 +281,13 @@ def test_skewed_costs_are_balanced_and_a_dominant_group_stands_alone():
 
 @pytest.mark.parametrize(
     ("seed", "groups", "ranks", "excess", "padding"),
-    [(0, 100, 16, 0.01, 0.07), (2, 200, 16, 0.01, 0.07), (0, 200, 8, 0.01, 0.02), (2, 200, 8, 0.01, 0.03)],
+    [
+        (0, 100, 16, 0.01, 0.07),
+        (2, 200, 16, 0.01, 0.07),
+        (0, 200, 8, 0.01, 0.02),
+        (2, 200, 8, 0.01, 0.03),
+        (13, 200, 16, 0.06, 0.07),  # hardly a token to spare
+    ],
 )
 def test_long_tails_are_balanced_in_short_rows(seed, groups, ranks, excess, padding):
     # A few rows a rank, lengths over three orders of magnitude, costs that grow faster than lengths.
