@@ -80,7 +80,6 @@ class LinearOptions:
     rows: RowMap
     sequence_parallel: bool
     workspace_bytes: int
-    grad_enabled: bool
 
 
 class _Chunks:
@@ -110,11 +109,11 @@ class _Chunks:
         assert self.flat is not None
         return self.flat[: rows * self.head.columns].view(rows, self.head.columns)
 
-    def inside(self, first: int, rows: int, row: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """`(owned, index into flat)` [T] of the targets in the chunk; the index is the spare element for the others."""
+    def slots(self, first: int, rows: int, row: Tensor, targets: Tensor) -> Tensor:
+        """Indices into `flat` [T] of the targets in the chunk; the spare element for the others."""
         column, owned = self.head.local(targets)
-        owned = owned & (row >= first) & (row < first + rows)
-        return owned, torch.where(owned, (row - first) * self.head.columns + column, rows * self.head.columns)
+        inside = owned & (row >= first) & (row < first + rows)
+        return torch.where(inside, (row - first) * self.head.columns + column, rows * self.head.columns)
 
 
 class LinearLogprobs(torch.autograd.Function):
@@ -135,16 +134,15 @@ class LinearLogprobs(torch.autograd.Function):
         for first in chunks.starts:
             z = chunks.logits(first)
             add_row_stats(stats, first, z, chunks.scratch)
-            owned, index = chunks.inside(first, z.shape[0], row, targets)
             assert chunks.flat is not None
             chunks.flat[z.numel()] = 0  # what targets of other chunks and ranks read
-            raw += chunks.flat[index].masked_fill_(~owned, 0)
+            raw += chunks.flat[chunks.slots(first, z.shape[0], row, targets)]
         found = merge(stats, row, raw, targets, head)
-        if options.grad_enabled and any(ctx.needs_input_grad[:2]):
-            ctx.save_for_backward(x, weight, targets, found.largest, found.target, found.total, found.x)
-            ctx.options, ctx.hidden_rows = options, hidden.shape[0]
-            # One chunk: its logits are kept, and backward turns them into the gradient in place.
-            ctx.kept = chunks.flat if len(chunks.starts) == 1 else None
+        # Without a backward (no_grad, frozen inputs) autograd drops ctx, and all this with it, on return.
+        ctx.save_for_backward(x, weight, targets, found.largest, found.target, found.total, found.x)
+        ctx.options, ctx.hidden_rows = options, hidden.shape[0]
+        # One chunk: its logits are kept, and backward turns them into the gradient in place.
+        ctx.kept = chunks.flat if len(chunks.starts) == 1 else None
         return found.logp()
 
     @staticmethod
@@ -177,7 +175,7 @@ class LinearLogprobs(torch.autograd.Function):
             part = slice(first, first + z.shape[0])
             gradient_rows(z, z, largest[part], scale[part], chunks.scratch)
             assert chunks.flat is not None
-            chunks.flat[chunks.inside(first, z.shape[0], row, targets)[1]] = at_target
+            chunks.flat[chunks.slots(first, z.shape[0], row, targets)] = at_target
             if dx is not None:
                 torch.mm(z, chunks.weight, out=dx.local[part])
                 if part.stop == x.shape[0]:

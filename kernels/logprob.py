@@ -93,7 +93,7 @@ def linear_logprobs(
     _check_targets(targets, head, vocab_size)
     sequence = hidden.shape[0] * (head.group.size() if sequence_parallel and head.group is not None else 1)
     rows = _row_map(row_index, targets, sequence, hidden.device)
-    options = LinearOptions(head, rows, sequence_parallel, workspace_bytes, torch.is_grad_enabled())
+    options = LinearOptions(head, rows, sequence_parallel, workspace_bytes)
     logp = LinearLogprobs.apply(hidden, weight, targets, options)
     return _owned_somewhere(logp, targets, head, vocab_size)
 

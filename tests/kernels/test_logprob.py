@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 from typing import Any
@@ -225,8 +226,21 @@ def test_workspace_distinct_rows_and_recompute() -> None:
 
 def test_no_grad_keeps_nothing_and_frozen_inputs() -> None:
     hidden, weight, targets = leaf(9, 5), leaf(20, 5), torch.randint(20, (9,))
+
+    def kept() -> int:
+        """Tensors alive that share memory of the size of the logits (and the spare element)."""
+        alive = [o for o in gc.get_objects() if type(o) is Tensor and o.numel() > 0]
+        return sum(o.untyped_storage().nbytes() == (9 * 20 + 1) * 8 for o in alive)
+
+    before = kept()
     with torch.no_grad():
-        assert linear_logprobs(hidden, weight, targets).grad_fn is None
+        logp = linear_logprobs(hidden, weight, targets)
+    assert logp.grad_fn is None and kept() == before
+    logp = linear_logprobs(hidden.detach(), weight.detach(), targets)
+    assert logp.grad_fn is None and kept() == before
+    logp = linear_logprobs(hidden, weight, targets)
+    assert logp.grad_fn is not None and kept() == before + 1  # kept for backward, so the count above means something
+    del logp
     linear_logprobs(hidden, weight.detach(), targets).sum().backward()
     assert hidden.grad is not None and weight.grad is None
     linear_logprobs(hidden.detach(), weight, targets).sum().backward()
