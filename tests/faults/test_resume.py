@@ -2,13 +2,13 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from megafuse.checkpoint.folder import complete_steps, read_manifest, step_name
@@ -86,7 +86,7 @@ def test_every_checkpoint_leads_to_the_same_run(inputs: Path, tmp_path: Path) ->
 def start(path: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": os.getcwd()}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return subprocess.Popen([*launcher, "-m", "megafuse", "train", str(path)], env=environment, start_new_session=True)
+    return subprocess.Popen([*launcher, "-m", "megafuse", "train", str(path)], env=environment)
 
 
 def test_kill_9_during_training_then_started_again_is_the_same_run(inputs: Path, tmp_path: Path) -> None:
@@ -101,9 +101,9 @@ def test_kill_9_during_training_then_started_again_is_the_same_run(inputs: Path,
     while not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= 3):  # between the saves of steps 2 and 4
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)  # workers stay in the session of the launcher
+    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+        victim.kill()
     process.wait()
-    subprocess.run(["pkill", "-9", "-f", str(path)], check=False)
     assert start(path).wait(240) == 0
     assert numbers(killed.run_dir) == numbers(whole.run_dir)
     assert start(path).wait(240) == 0  # a finished run: nothing more happens
