@@ -159,11 +159,11 @@ def test_published_shapes_from_headers_alone(tmp_path, size, tied):
             file.write(struct.pack("<Q", len(text)) + text)
             file.truncate(8 + len(text) + at)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    began = time.monotonic()
+    began = time.process_time()  # not the clock: the machine may be busy
     plan = Plan(arch)
     with SafetensorsFolder(tmp_path) as shards:
         plan.check(shards, where="fixture")
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
     assert plan.hf_shapes == dict(shapes)
     assert plan.parameters == parameters - (vocab * hidden if tied else 0)
 
