@@ -27,7 +27,9 @@ class StageRow:
 
 
 def stage_table(rows: Sequence[StageRow], title: str = "Rank accuracy by stage") -> tuple[Table, str]:
-    """(table for a terminal, the same as Markdown). Accuracies in percent; from the second row on with their change.
+    """(table for a terminal, the same as Markdown with a line a stage).
+
+    Accuracies are in percent; from the second stage on with their change.
 
     Changes are against the first row, in percentage points and nats, so that a reader sees what training did at once.
     A source that only some rows have gets a column all the same; a column that no row fills is left out.
@@ -50,11 +52,12 @@ def stage_table(rows: Sequence[StageRow], title: str = "Rank accuracy by stage")
         header.append(name)
         for i, (line, value) in enumerate(zip(body, values)):
             line.append("-" if value is None else text(value, values[0] if i else None))
-    table = Table(*header[:1], title=title)
-    for name in header[1:]:
-        table.add_column(name, justify="right")
+    # stages side by side: a terminal is narrow, and there are more numbers than stages
+    table = Table(header[0], title=title)
     for line in body:
-        table.add_row(*line)
+        table.add_column(line[0], justify="right")
+    for name, *cells in list(zip(header, *body))[1:]:
+        table.add_row(name, *cells)
     return table, _markdown(header, body)
 
 

@@ -11,6 +11,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from megafuse.parallel.topology import process_groups
+
 
 class WorkerFailed(AssertionError):
     """A worker process raised or died; the message holds its rank and traceback."""
@@ -20,11 +22,14 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
     """`function(*args)` on `world_size` ranks of one gloo world; the results by rank.
 
     `function` must be importable by name in a fresh process (tests keep theirs in `megafuse.testing`), its results
-    picklable. A calling program needs the `if __name__ == "__main__"` guard.
+    picklable. A calling program needs the `if __name__ == "__main__"` guard. One rank runs in the calling process.
 
     Raises:
         WorkerFailed: a rank raised (with its traceback), died, or missed the deadline; all processes are gone then.
     """
+    if world_size == 1:
+        with process_groups():
+            return [function(*args)]
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
