@@ -157,6 +157,23 @@ def test_torch_reads_what_mcore_means(imported, model):
     assert common == {"content_metadata": {"singleton_local_shards": False, "non_homogeneous_layers": False}}
 
 
+def test_layers_that_another_program_stored_in_one_piece(tmp_path, imported, model):
+    """torch's own writer puts all layers of a stacked tensor into one item; vocabulary padding comes with it."""
+    with DcpFolder(imported) as weights:
+        keys = {name.replace(f"layers.{i}.", "layers.") for i in range(LAYERS) for name in weights.names()}
+        keys = {key for key in keys if "layers." not in key or not key.split(".")[2].isdigit()}
+    metadata = dcp.FileSystemReader(str(imported)).read_metadata().state_dict_metadata
+    state = {key: torch.empty(metadata[key].size, dtype=torch.bfloat16) for key in keys}
+    dcp.load(state, checkpoint_id=str(imported), no_dist=True)
+    for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        state[key] = torch.cat((state[key], torch.rand(3, HIDDEN).bfloat16()))
+    dcp.save(state, checkpoint_id=str(tmp_path / "ckpt"), no_dist=True)
+    shutil.copytree(imported / "hf", tmp_path / "ckpt" / "hf")
+    assert inspect(tmp_path / "ckpt")["padded"].keys() == {"embedding.word_embeddings.weight", "output_layer.weight"}
+    export_hf(tmp_path / "ckpt", tmp_path / "back")
+    assert_same_folder(model, tmp_path / "back")
+
+
 def test_equal_weights_give_equal_files(tmp_path, model, imported):
     import_hf(model, tmp_path / "again", block_mb=1)
     for name in (".metadata", "__0_0.distcp", "common.pt", "metadata.json", "hf/layout.json"):
@@ -173,7 +190,7 @@ def test_digest_sees_weights_not_layout(tmp_path, model):
     flipped.view(torch.int16)[-1, -1] ^= 1
     save_shards(other, weights, 2)
     assert weights_digest(other) != weights_digest(model)
-    half = {name: tensor.half() for name, tensor in read_weights(model).items()}
+    half = {name: tensor.view(torch.float16) for name, tensor in read_weights(model).items()}  # the same bits
     save_shards(other, half, 1)
     (other / "model.safetensors.index.json").unlink()
     assert weights_digest(other) != weights_digest(model)

@@ -83,6 +83,7 @@ def test_a_folder_that_poses_as_hugging_face_kernels(tmp_path: Path, monkeypatch
     if software.version("kernels"):
         pytest.skip("Hugging Face kernels is installed here")
     package(tmp_path, "kernels", {"__init__.py": ""})
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)  # transformers may have imported the bare folder
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.invalidate_caches()
     assert software.hf_kernels().status == "problem"

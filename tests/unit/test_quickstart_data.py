@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import importlib
 import json
+import random
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "quickstart"
 
@@ -24,7 +26,7 @@ def load(name: str) -> ModuleType:
         sys.path.remove(str(FOLDER))
 
 
-rules, prompts = load("rules"), load("prompts")
+rules, prompts, make_data = load("rules"), load("prompts"), load("make_data")
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +160,68 @@ def test_the_file_is_small_and_reads_the_same_everywhere() -> None:
     assert raw[4:8] == bytes(4)  # no time stamp: the same data gives the same file
     digest = hashlib.sha256(gzip.decompress(raw)).hexdigest()
     assert digest in (FOLDER / "README.md").read_text(encoding="utf-8"), digest
+
+
+def test_the_shipped_file_is_what_the_script_makes_of_its_answers(data: list[dict[str, Any]], tmp_path: Path) -> None:
+    work, out = tmp_path / "work.jsonl", tmp_path / "data.jsonl.gz"
+    with work.open("w", encoding="utf-8") as file:
+        for line in data:
+            answers = defaultdict(list)
+            for response in line["responses"]:
+                answers[response["source"]].append((response["text"], response["finish_reason"]))
+            for source, found in answers.items():
+                file.write(json.dumps({"prompt_id": line["prompt_id"], "source": source, "answers": found}) + "\n")
+        file.write('{"prompt_id": "quick-00')  # what a kill in the middle of a write leaves
+    assert len(make_data.read_lines(work)) == 4 * len(data)
+    assert work.read_bytes().endswith(b"]}\n")
+    make_data.assemble(prompts.make_prompts(), work, out)
+    assert gzip.decompress(out.read_bytes()) == gzip.decompress((FOLDER / "data.jsonl.gz").read_bytes())
+
+
+class Digits:
+    """A tokenizer whose text is token ids with spaces between them; pads on the left."""
+
+    eos_token_id = 2
+
+    def apply_chat_template(self, chat: str, **_: Any) -> str:
+        return chat
+
+    def __call__(self, texts: list[str], **_: Any) -> Any:
+        from transformers import BatchEncoding
+
+        rows = [[int(token) for token in text.split()] for text in texts]
+        width = max(map(len, rows))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        return BatchEncoding({"input_ids": ids, "attention_mask": mask})
+
+    def decode(self, tokens: list[int], **_: Any) -> str:
+        return " ".join(map(str, tokens))
+
+
+def test_batched_sampling_is_one_row_at_a_time_sampling() -> None:
+    """Padding, repeated caches and rows that leave the batch change nothing: each row alone, without a cache."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(random.randrange(10**6))
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=24, num_key_value_heads=2, eos_token_id=2, initializer_range=0.5, **size)
+    model = LlamaForCausalLM(config).double().eval()
+    source = make_data.Source("tiny", "tiny", "tiny", 0, None, 0.9, 12)
+    chats = ["5 6 7 8 9 10 11", "12 13", "3 4 5 6"]
+    found = make_data.sample(model, Digits(), chats, ["a", "b", "c"], source)
+    stopped = 0
+    for chat, seed, answers in zip(chats, "abc", found):
+        for index, (text, finish) in enumerate(answers):
+            generator = torch.Generator().manual_seed(random.Random(f"{seed} {index}").getrandbits(60))
+            ids, start = [int(token) for token in chat.split()], len(chat.split())
+            while len(ids) - start < make_data.MAX_NEW_TOKENS and ids[-1] != 2:
+                with torch.no_grad():
+                    logits = model(torch.tensor([ids])).logits[0, -1].float() / source.temperature
+                values, indices = logits.topk(source.top_k)
+                uniform = torch.rand(source.top_k, generator=generator).clamp(1e-9, 1 - 1e-7)
+                ids.append(int(indices[(values - (-uniform.log()).log()).argmax()]))
+            assert text == " ".join(map(str, ids[start:]))
+            assert finish == ("stop" if ids[-1] == 2 else "length")
+            stopped += finish == "stop"
+    assert stopped  # else no row ever left the batch
