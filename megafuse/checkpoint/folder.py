@@ -4,7 +4,6 @@
 reached the disk, so a folder without `.tmp` is a complete checkpoint. Nothing else has to be trusted.
 """
 
-import json
 import os
 import re
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megafuse.errors import IntegrityError
-from megafuse.observe.manifest import utc_now, versions, write_json_atomic
+from megafuse.observe.manifest import read_manifest_of, sync_path, utc_now, versions, write_json_atomic
 
 FORMAT = "megafuse-checkpoint/1"
 _STEP = re.compile(r"step_(\d{8})")
@@ -53,10 +52,10 @@ def commit(folder: Path, hf_source: Path, facts: dict[str, Any], *, keep: int) -
         {"format": FORMAT, "created": utc_now(), **facts, "versions": versions(), "files": files},
     )
     for path in [*_files(folder), folder / "hf", folder]:
-        _fsync(path)
+        sync_path(path)
     final = folder.with_suffix("")
     os.rename(folder, final)
-    _fsync(final.parent)
+    sync_path(final.parent)
     for step in complete_steps(final.parent)[:-keep]:
         shutil.rmtree(final.parent / step_name(step))
     return final
@@ -68,13 +67,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         IntegrityError: naming the file that is missing, unreadable, or of another size.
     """
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise IntegrityError(f"{path} cannot be read ({error}); is {folder} a megafuse checkpoint?") from error
-    if manifest.get("format") != FORMAT:
-        raise IntegrityError(f"{path} has format {manifest.get('format')!r}, expected {FORMAT!r}")
+    manifest = read_manifest_of(folder, FORMAT)
     for name, known in manifest["files"].items():
         file = folder / name
         size = file.stat().st_size if file.is_file() else None
@@ -85,11 +78,3 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file())
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from megafuse.errors import DataError
+from megafuse.observe.manifest import sync_path
 
 FORMAT = "megafuse-dataset/1"
 MANIFEST = "manifest.json"
@@ -161,15 +162,15 @@ def atomic_folder(final: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         yield work
         for path in sorted(work.rglob("*"), reverse=True):  # files before the folders that hold them
-            _fsync(path)
-        _fsync(work)
+            sync_path(path)
+        sync_path(work)
         check_replaceable(final, overwrite=overwrite)
         old = None
         if final.exists():
             old = final.with_name(f"{final.name}.tmp-old-{uuid.uuid4().hex[:12]}")
             os.rename(final, old)
         os.rename(work, final)
-        _fsync(final.parent)
+        sync_path(final.parent)
         if old is not None:
             shutil.rmtree(old)
     finally:
@@ -188,11 +189,3 @@ def check_replaceable(final: Path, *, overwrite: bool) -> None:
         raise DataError(f"{final} exists and is not a megafuse data set: choose another output folder")
     if not overwrite:
         raise DataError(f"{final} holds a data set that was built differently: set overwrite = true, or another output")
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -69,7 +69,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_path(path.parent)
 
 
 def write_json_atomic(path: str | Path, obj: Any) -> None:
@@ -94,6 +94,19 @@ def read_json(path: str | Path) -> Any:
         raise IntegrityError(f"{path} is not valid JSON ({error}): run the stage that writes it again") from None
 
 
+def read_manifest_of(folder: Path, known_format: str) -> dict[str, Any]:
+    """`manifest.json` of a folder that a stage wrote.
+
+    Raises:
+        IntegrityError: there is none, it cannot be read, or it is of another format.
+    """
+    manifest = read_json(folder / "manifest.json")
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != known_format:
+        raise IntegrityError(f"{folder / 'manifest.json'} has format {found!r}, expected {known_format!r}")
+    return dict(manifest)
+
+
 def _plain(value: Any) -> Any:
     """JSON form of the few types that manifests hold beyond JSON's own."""
     if isinstance(value, os.PathLike):
@@ -105,9 +118,9 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} cannot be written as JSON: {value!r}")
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` durable; some network file systems refuse to sync folders, and need not."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Put a file, or the names in a folder, on disk; some network file systems refuse to sync folders, and need not."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
             os.fsync(descriptor)

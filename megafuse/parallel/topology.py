@@ -3,10 +3,10 @@
 import contextlib
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,8 @@ from megafuse.config.train import ParallelConfig
 from megafuse.errors import ConfigError
 from megafuse.launch.environment import world_from_environment
 from megafuse.parallel.cpu_runtime import cpu_runtime
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,20 @@ class Topology:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def on_rank_zero(self, function: Callable[[], T]) -> T:
+        """What `function()` returns on rank 0, on every rank; what it raises there is raised everywhere: none hangs."""
+        value: T | None = None
+        error: Exception | None = None
+        if self.rank == 0:
+            try:
+                value = function()
+            except Exception as caught:
+                error = caught
+        value, error = self.from_rank_zero((value, error))
+        if error is not None:
+            raise error
+        return value
 
     def from_last_stage(self, value: Any) -> Any:
         """The picklable `value` of the highest rank, which always holds the LM head, on every rank."""

@@ -1,6 +1,5 @@
 """Reference log-probs on disk: parts in data set order, written once, resumable, read at any layout."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from megafuse.errors import IntegrityError
-from megafuse.observe.manifest import atomic_file, utc_now, versions, write_json_atomic
+from megafuse.observe.manifest import atomic_file, read_manifest_of, utc_now, versions, write_json_atomic
 from megafuse.reference.digest import require_match
 
 FORMAT = "megafuse-reference/1"
@@ -48,7 +47,7 @@ class CacheWriter:
             "complete": False, "versions": versions(),
         }  # fmt: skip
         if (folder / "manifest.json").is_file():
-            found = _manifest(folder)
+            found = read_manifest_of(folder, FORMAT)
             require_match(digest, found["digest"], folder)
             self.manifest = found
         else:
@@ -81,7 +80,7 @@ def part_name(index: int, parts: int) -> str:
 
 def is_complete(folder: Path) -> bool:
     """Whether `folder` holds a finished cache."""
-    return (folder / "manifest.json").is_file() and bool(_manifest(folder)["complete"])
+    return (folder / "manifest.json").is_file() and bool(read_manifest_of(folder, FORMAT)["complete"])
 
 
 def read_cache(folder: Path, expected: dict[str, str], offsets: np.ndarray, lengths: np.ndarray) -> ReferenceLogps:
@@ -92,7 +91,7 @@ def read_cache(folder: Path, expected: dict[str, str], offsets: np.ndarray, leng
     Raises:
         IntegrityError: the cache is unfinished, damaged, or belongs to something else (naming the part that differs).
     """
-    manifest = _manifest(folder)
+    manifest = read_manifest_of(folder, FORMAT)
     require_match(expected, manifest["digest"], folder)
     if not manifest["complete"]:
         raise IntegrityError(f"reference cache {folder} is unfinished; run `megafuse reference` on it again")
@@ -112,14 +111,3 @@ def read_cache(folder: Path, expected: dict[str, str], offsets: np.ndarray, leng
     if not np.isfinite(values).all():
         raise IntegrityError(f"reference cache {folder} holds {int((~np.isfinite(values)).sum())} non-finite log-probs")
     return ReferenceLogps(manifest["name"], values, counted, offsets)
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise IntegrityError(f"{path} cannot be read ({error}); is {folder} a reference cache?") from error
-    if manifest.get("format") != FORMAT:
-        raise IntegrityError(f"{path} has format {manifest.get('format')!r}, expected {FORMAT!r}")
-    return manifest

@@ -1,5 +1,6 @@
 """Forward-only log-probs of every response of a data set, through the same pipeline that trains."""
 
+import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -83,17 +84,14 @@ def write_reference(
     show_progress: bool,
 ) -> None:
     """Write (or finish) the cache at `folder` with the log-probs of the weights that `model` holds. Collective."""
-    writer = None
-    if topology.rank == 0:
-        writer = CacheWriter(folder, name, digest, data.response_offsets, PART_GROUPS, str(source))
-    spans = topology.from_rank_zero(writer.missing() if writer else None)
+    writer = topology.on_rank_zero(
+        lambda: CacheWriter(folder, name, digest, data.response_offsets, PART_GROUPS, str(source))
+    )
+    spans = topology.from_rank_zero(writer.missing())
     done = len(data) - sum(stop - first for _, first, stop in spans)
     with Progress(len(data), f"reference {name}", enabled=show_progress) as progress:
         for part, logps, lengths in score_groups(model, topology, data, planner, spans, prefix_sharing=prefix_sharing):
-            if writer:
-                writer.write(part, logps, lengths)
+            topology.on_rank_zero(functools.partial(writer.write, part, logps, lengths))
             done = min(done + PART_GROUPS, len(data))
             progress.update(done, {})
-    if writer:
-        writer.finish()
-    topology.barrier()
+    topology.on_rank_zero(writer.finish)

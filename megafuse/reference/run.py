@@ -35,11 +35,10 @@ def run_reference(config: ReferenceRunConfig | EvalConfig, folder: Path, name: s
     backend = choose_backend(config.model, prefix_sharing=sharing)
     flat, offsets = data.response_lengths
     with process_groups(), layout(config.parallel) as topology:
-        digest = None
-        if topology.rank == 0:
-            digest = reference_digest(config.model.path, data.manifest, precision=config.model.precision)
-        digest = topology.from_rank_zero(digest)
-        if not topology.from_rank_zero(is_complete(folder)):
+        digest = topology.on_rank_zero(
+            lambda: reference_digest(config.model.path, data.manifest, precision=config.model.precision)
+        )
+        if not topology.on_rank_zero(lambda: is_complete(folder)):
             with torch.no_grad():
                 model = build_model(arch, config.parallel, topology, backend)
                 load_model(model, topology, config.model.path)

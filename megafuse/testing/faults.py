@@ -41,3 +41,15 @@ def poison_gradient(config: Any, rank: int, step: int) -> dict[str, Any]:
     finally:
         training_run.train_step = original
     return seen
+
+
+def die(rank: int) -> None:
+    """Kill the process of rank `rank` the hard way; the others wait for it in a collective."""
+    import os
+    import signal
+
+    import torch.distributed as dist
+
+    if dist.get_rank() == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()

@@ -43,11 +43,10 @@ def next_token_logps(checkpoint: Path, parallel: dict[str, Any], tokens: list[in
             del model
             model = build_model(arch, config, topology, Backend("torch", "sdpa", "bf16"))
             load_model(model, topology, checkpoint)
-            folder = topology.from_rank_zero(checkpoints.begin(resave, 1) if topology.rank == 0 else None)
+            folder = topology.on_rank_zero(lambda: checkpoints.begin(resave, 1))
             metadata = {"singleton_local_shards": False}
             save_state({"model": model_state(model, topology), "content_metadata": metadata}, folder)
             topology.barrier()
-            if topology.rank == 0:
-                checkpoints.commit(folder, checkpoint, {"step": 1, "optimizer": False}, keep=1)
-            topology.barrier()
+            facts = {"step": 1, "optimizer": False}
+            topology.on_rank_zero(lambda: checkpoints.commit(folder, checkpoint, facts, keep=1))
         return logps

@@ -79,11 +79,9 @@ class _Run:
         sampler = BatchSampler(len(self.data), config.global_batch_size, config.epochs, config.seed)
         total = min(sampler.total_steps, config.max_steps or sampler.total_steps)
         root = config.run_dir / "checkpoints"
-        steps = topology.from_rank_zero(checkpoints.complete_steps(root) if topology.rank == 0 else None)
+        steps = topology.on_rank_zero(lambda: checkpoints.complete_steps(root))
         newest = root / checkpoints.step_name(steps[-1]) if steps else None
-        if topology.rank == 0:
-            refuse_drift(config)
-        topology.barrier()
+        topology.on_rank_zero(lambda: refuse_drift(config))
         if newest and steps[-1] >= total:
             self._say(f"{config.run_dir} is complete: {newest}")
             return newest
@@ -106,12 +104,11 @@ class _Run:
         if not self.loss.needs_reference:
             return None
         source = config.reference.model or config.model.path
-        digest = None
-        if self.topology.rank == 0:
-            digest = reference_digest(source, self.data.manifest, precision=config.model.precision)
-        digest = self.topology.from_rank_zero(digest)
+        digest = self.topology.on_rank_zero(
+            lambda: reference_digest(source, self.data.manifest, precision=config.model.precision)
+        )
         folder = config.reference.path or config.run_dir / "reference"
-        if config.reference.path is None and not self.topology.from_rank_zero(is_complete(folder)):
+        if config.reference.path is None and not self.topology.on_rank_zero(lambda: is_complete(folder)):
             load_model(model, self.topology, source)
             write_reference(
                 model, self.topology, self.data, planner, folder, name="ref", digest=digest, source=source,
@@ -227,20 +224,18 @@ class _Run:
     def _save(self, engine: Engine, step: int, *, optimizer: bool) -> Path:
         config, topology = self.config, self.topology
         root = config.run_dir / "checkpoints"
-        folder = topology.from_rank_zero(checkpoints.begin(root, step) if topology.rank == 0 else None)
+        folder = topology.on_rank_zero(lambda: checkpoints.begin(root, step))
         save_state(run_state(engine, topology, optimizer=optimizer, loading=False), folder)
         topology.barrier()
-        final = folder.with_suffix("")
-        if topology.rank == 0:
-            facts = {
-                "step": step,
-                "optimizer": optimizer,
-                "layout": [config.parallel.tensor, config.parallel.pipeline, topology.world_size],
-                "data_position": {"step": step, "seed": config.seed, "data": self.data.manifest["digest"]["data"]},
-            }
-            checkpoints.commit(folder, config.model.path, facts, keep=config.checkpoint.keep)
-        topology.barrier()
-        return final
+        facts = {
+            "step": step,
+            "optimizer": optimizer,
+            "layout": [config.parallel.tensor, config.parallel.pipeline, topology.world_size],
+            "data_position": {"step": step, "seed": config.seed, "data": self.data.manifest["digest"]["data"]},
+        }
+        return topology.on_rank_zero(
+            lambda: checkpoints.commit(folder, config.model.path, facts, keep=config.checkpoint.keep)
+        )
 
 
 def batch_denominator(loss: Loss, data: GroupDataset, plan: BatchPlan) -> float:
