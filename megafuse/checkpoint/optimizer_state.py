@@ -17,8 +17,8 @@ def fill_empty_state(optimizer: Any) -> None:
     """Give every parameter AdamW state: `state_dict()` of a fresh distributed optimizer asserts on an empty one."""
     for part in parts(optimizer):
         inner = part.optimizer
-        if not isinstance(inner, torch.optim.Optimizer):
-            continue
+        if type(inner) not in (torch.optim.Adam, torch.optim.AdamW):
+            continue  # fused optimizers keep their step elsewhere, and mcore fills their state itself
         for group in inner.param_groups:
             for param in group["params"]:
                 if not inner.state[param]:
