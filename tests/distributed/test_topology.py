@@ -15,5 +15,5 @@ def test_an_error_of_rank_zero_is_raised_on_every_rank_and_the_world_stays_usabl
 
 
 def test_a_worker_that_dies_fails_the_call_at_once() -> None:
-    with pytest.raises(WorkerFailed, match="rank 1 died|rank 0 raised"):
+    with pytest.raises(WorkerFailed, match=r"rank 1 died|rank 0 raised"):
         run_distributed(die, 2, 1, timeout=120)
