@@ -23,7 +23,7 @@ from megafuse.converters.digest import cached_digest, weights_digest
 from megafuse.converters.exporter import export_hf
 from megafuse.converters.importer import import_hf
 from megafuse.converters.inspect import inspect
-from megafuse.converters.safetensors_io import SafetensorsFolder
+from megafuse.converters.safetensors_io import SafetensorsFolder, parse_header
 from megafuse.converters.verify import verify
 from megafuse.errors import ConfigError, DataError, IntegrityError, UnsupportedModelError
 from megafuse.model.arch import read_arch
@@ -347,6 +347,21 @@ def test_truncation_is_found_without_hashing(tmp_path, ckpt, manifest):
     with pytest.raises(IntegrityError, match=r"__0_0\.distcp"):
         export_hf(ckpt, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_file_of_another_size_is_found_without_hashing(tmp_path, ckpt):
+    with (ckpt / "hf" / "tokenizer.json").open("ab") as file:
+        file.write(b"x")
+    for refuses in (lambda: export_hf(ckpt, tmp_path / "out"), lambda: cached_digest(ckpt), lambda: inspect(ckpt)):
+        with pytest.raises(IntegrityError, match=r"tokenizer\.json has 1001 bytes, its manifest says 1000"):
+            refuses()
+
+
+@pytest.mark.parametrize("offsets", [([0, 8], [0, 8]), ([0, 8], [4, 12]), ([0, 8], [12, 20]), ([4, 12], [12, 20])])
+def test_tensors_that_overlap_or_leave_a_hole_are_refused(offsets):
+    fields = {f"t{i}": {"dtype": "F32", "shape": [2], "data_offsets": at} for i, at in enumerate(offsets)}
+    with pytest.raises(IntegrityError, match="hole, overlaps"):
+        parse_header(json.dumps(fields), "file")
 
 
 @pytest.mark.parametrize("name", ["hf/tokenizer.json", "hf/config.json", ".metadata", "common.pt"])
