@@ -23,13 +23,19 @@ def one(data: Path | None, seed: int, flags: list[str]) -> dict[str, Any]:
     """Run the quick start once; its summary with the minutes that it took."""
     name = data.name.split(".")[0] if data else "shipped"
     folder = Path("runs") / f"quickstart-{name}-{seed}"
+    fresh = not folder.exists()  # a run that only finishes an earlier one has no time of its own
     start = time.monotonic()
     line = [sys.executable, str(RUN), "--seed", str(seed), "--run", str(folder), *flags]
     subprocess.run([*line, *(["--data", str(data)] if data else [])], check=True)
     summary = json.loads((folder / "summary.json").read_text())
     sizes = {kind: read_json(folder / "data" / kind / "manifest.json") for kind in ("sft", "pair", "rank")}
     prompts = {kind: {"prompts": m["groups"], "tokens": m["tokens"]} for kind, m in sizes.items()}
-    return {**summary, "data": name, "minutes": round((time.monotonic() - start) / 60, 1), "sizes": prompts}
+    return {
+        **summary,
+        "data": name,
+        "minutes": round((time.monotonic() - start) / 60, 1) if fresh else None,
+        "sizes": prompts,
+    }
 
 
 def main() -> int:
@@ -44,7 +50,7 @@ def main() -> int:
     write_json_atomic(args.out, {"created": utc_now(), "device": device, "versions": versions(), "runs": kept + runs})
     for run in runs:
         line = ", ".join(f"{s['stage']} {s['intra']:.3f}" for s in run["stages"])
-        print(f"{run['data']} seed {run['seed']}: intra-rank accuracy {line} ({run['minutes']} min)")
+        print(f"{run['data']} seed {run['seed']}: intra-rank accuracy {line} ({run['minutes']} minutes)")
     return 0
 
 

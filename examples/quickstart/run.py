@@ -55,7 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2, help="gloo processes (data parallel)")
     parser.add_argument("--reward-field", help="key of the reward (default: reward_logit where it exists, else reward)")
     parser.add_argument("--sft-lr", type=float, default=5e-5, help="peak learning rate of FuseSFT")
-    parser.add_argument("--po-lr", type=float, default=1e-4, help="peak learning rate of FusePO")
+    parser.add_argument("--po-lr", type=float, default=3e-5, help="peak learning rate of FusePO")
     parser.add_argument("--beta", type=float, default=0.1, help="DPO beta")
     parser.add_argument("--batch", type=int, default=8, help="prompts an optimizer step")
     parser.add_argument("--budget", type=float, default=1.0, help="factor on the number of tokens trained on")
