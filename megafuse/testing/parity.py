@@ -21,6 +21,9 @@ LOSSES: dict[str, dict[str, Any]] = {
     "rloo_clipped": {"name": "rloo", "beta_kl": 0.05, "surrogate": "clipped_ratio"},
     "wrpo": {"name": "wrpo", "beta": 0.2, "alpha_max": 0.5},
 }
+# Relative to the magnitude, in fp32. The clipped ratio is exp(d): an absolute error of d, a difference of two sums of
+# log-probs near -50 (1 ulp: 4e-6 each), is a relative error of the ratio, of the loss and of its gradient.
+TOLERANCE = {loss: 1e-4 if loss == "rloo_clipped" else 1e-5 for loss in LOSSES}
 UNTIED = ("dpo",)  # trained on the model whose output layer is its own; the others on the tied one
 
 
