@@ -15,6 +15,7 @@ from megafuse.converters.plan import Plan
 from megafuse.converters.safetensors_io import SafetensorsFolder
 from megafuse.converters.views import TensorView
 from megafuse.errors import ConfigError, IntegrityError
+from megafuse.observe.manifest import sync_path
 
 FORMAT = "megafuse-checkpoint/1"
 MANIFEST = "manifest.json"
@@ -100,7 +101,7 @@ def new_folder(out: str | Path, *, overwrite: bool, inputs: tuple[Path, ...]) ->
     try:
         yield work
         for path in [*work.rglob("*"), work]:
-            fsync(path)
+            sync_path(path)
         if out.exists():
             old = out.with_name(f"{out.name}.old-{uuid.uuid4().hex}")
             os.rename(out, old)
@@ -108,7 +109,7 @@ def new_folder(out: str | Path, *, overwrite: bool, inputs: tuple[Path, ...]) ->
             shutil.rmtree(old)
         else:
             os.rename(work, out)
-        fsync(out.parent)
+        sync_path(out.parent)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
@@ -123,13 +124,3 @@ def _may_replace(out: Path, overwrite: bool) -> None:
         raise ConfigError(f"output {out} exists; choose another folder, or allow overwriting")
     if not is_checkpoint(out) and not (out / "config.json").is_file():
         raise ConfigError(f"output {out} exists and is no model folder; it is not overwritten; choose another folder")
-
-
-def fsync(path: Path) -> None:
-    """Put a file, or the names in a folder, on disk. Network file systems that cannot sync folders are left alone."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            os.fsync(handle)
-    finally:
-        os.close(handle)
