@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megafuse.data.dataset import GroupDataset
 from megafuse.data.types import Group
-from megafuse.errors import DataError
+from megafuse.errors import ConfigError, DataError
 from megafuse.kernels.packing import group_cost, group_tokens, pack_batch
 from megafuse.losses.types import Terms
 from megafuse.model.arch import ModelArch
@@ -115,6 +115,19 @@ class RowPlanner:
         longest = max((int(self.tokens[row].sum()) for rank in rows for row in rank if len(row)), default=1)
         totals = (int(x[groups].sum()) for x in (self.useful, self.tokens, self.head_rows, self.pairs))
         return BatchPlan(rows, -(-longest // self.multiple) * self.multiple, len(groups), *totals)
+
+
+def check_vocabulary(data: GroupDataset, arch: ModelArch) -> None:
+    """Refuse a data set whose token ids the model may not have.
+
+    Raises:
+        ConfigError: with both vocabulary sizes.
+    """
+    if data.manifest["vocab_size"] > arch.vocab_size:
+        raise ConfigError(
+            f"data set {data.path} was tokenised for a vocabulary of {data.manifest['vocab_size']}, the model has "
+            f"{arch.vocab_size}; build it again with the tokenizer of the model"
+        )
 
 
 def row_planner(config: Any, data: GroupDataset, arch: ModelArch, topology: Topology) -> RowPlanner:

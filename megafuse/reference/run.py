@@ -7,8 +7,7 @@ import torch
 from megafuse.checkpoint.state import load_model
 from megafuse.config.forward import EvalConfig, ReferenceRunConfig
 from megafuse.data.dataset import GroupDataset
-from megafuse.data.rows import row_planner
-from megafuse.errors import ConfigError
+from megafuse.data.rows import check_vocabulary, row_planner
 from megafuse.model.arch import read_arch
 from megafuse.model.build import build_model, choose_backend
 from megafuse.parallel.topology import layout, process_groups
@@ -26,11 +25,7 @@ def run_reference(config: ReferenceRunConfig | EvalConfig, folder: Path, name: s
     """
     arch = read_arch(config.model.path)
     data = GroupDataset(config.data.dataset)
-    if data.manifest["vocab_size"] > arch.vocab_size:
-        raise ConfigError(
-            f"data set {data.path} was tokenised for a vocabulary of {data.manifest['vocab_size']}, the model has "
-            f"{arch.vocab_size}; build it again with the tokenizer of the model"
-        )
+    check_vocabulary(data, arch)
     sharing = config.data.prefix_sharing
     backend = choose_backend(config.model, prefix_sharing=sharing)
     flat, offsets = data.response_lengths

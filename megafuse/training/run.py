@@ -13,7 +13,7 @@ from megafuse.checkpoint.state import load_model, load_run, run_state, save_stat
 from megafuse.config.drift import refuse_drift
 from megafuse.config.train import TrainConfig
 from megafuse.data.dataset import GroupDataset
-from megafuse.data.rows import BatchPlan, RowPlanner, build_row, row_planner
+from megafuse.data.rows import BatchPlan, RowPlanner, build_row, check_vocabulary, row_planner
 from megafuse.data.sampler import BatchSampler
 from megafuse.errors import ConfigError, NonFiniteError
 from megafuse.losses.registry import Loss, make_loss
@@ -58,11 +58,7 @@ def check_data(data: GroupDataset, arch: ModelArch, loss: Loss) -> None:
         )
     if len(data) == 0:
         raise ConfigError(f"data set {data.path} has no groups; see the counts in its manifest.json")
-    if data.manifest["vocab_size"] > arch.vocab_size:
-        raise ConfigError(
-            f"data set {data.path} was tokenised for a vocabulary of {data.manifest['vocab_size']}, the model has "
-            f"{arch.vocab_size}; build it again with the tokenizer of the model"
-        )
+    check_vocabulary(data, arch)
 
 
 @dataclass
