@@ -5,6 +5,7 @@ from typing import Any
 from megafuse.config.load import dump_toml, load
 from megafuse.config.train import TrainConfig
 from megafuse.errors import ConfigError
+from megafuse.observe.manifest import atomic_file
 
 CONFIG_FILE = "config.toml"
 # what may change between two starts of one run without changing a single number of it
@@ -19,10 +20,8 @@ def refuse_drift(config: TrainConfig) -> None:
     """
     path = config.run_dir / CONFIG_FILE
     if not path.is_file():
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(dump_toml(config))
-        temporary.rename(path)
+        with atomic_file(path) as file:
+            file.write(dump_toml(config).encode())
         return
     before = _flat(load(TrainConfig, path).model_dump(mode="json"))
     now = _flat(config.model_dump(mode="json"))
