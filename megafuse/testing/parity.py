@@ -21,9 +21,12 @@ LOSSES: dict[str, dict[str, Any]] = {
     "rloo_clipped": {"name": "rloo", "beta_kl": 0.05, "surrogate": "clipped_ratio"},
     "wrpo": {"name": "wrpo", "beta": 0.2, "alpha_max": 0.5},
 }
+# Small enough that rounding stays rounding: Adam's first updates are near lr * sign(g) even where g is rounding noise,
+# and at a rate of 2e-3 some seeds were seen to amplify 1e-7 to 2e-5 in five steps; at this one, never past 2.5e-6.
+RATE = 2e-4
 # Relative to the magnitude, in fp32. The clipped ratio is exp(d): an absolute error of d, a difference of two sums of
 # log-probs near -50 (1 ulp: 4e-6 each), is a relative error of the ratio, of the loss and of its gradient.
-TOLERANCE = {loss: 1e-4 if loss == "rloo_clipped" else 1e-5 for loss in LOSSES}
+TOLERANCE = {loss: 3e-5 if loss == "rloo_clipped" else 1e-5 for loss in LOSSES}
 UNTIED = ("dpo",)  # trained on the model whose output layer is its own; the others on the tied one
 
 
@@ -56,7 +59,7 @@ class Lab:
                 "dataset": self.root / (name if name in ("sft", "rloo", "wrpo") else "pair"),
                 "max_row_tokens": 256,
             },
-            "optim": {"lr": 2e-3, "weight_decay": 0.1, "beta2": 0.95, "clip_grad": 0.5},
+            "optim": {"lr": RATE, "weight_decay": 0.1, "beta2": 0.95, "clip_grad": 0.5},
         }
         for section, values in sections.items():
             values |= changes.pop(section, {})
