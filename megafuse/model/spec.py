@@ -60,8 +60,11 @@ def te_layer(core_attention: Any | None) -> ModuleSpec:
     return spec
 
 
-def block_spec(config: Any, *, layers: str, attention: str) -> TransformerBlockSubmodules:
-    """Specification of this pipeline stage's layers. layers: `torch` or `te`; attention: `sdpa` or `te`."""
+def block_spec(config: Any, *, layers: str, attention: str, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Specification of one pipeline stage's layers.
+
+    layers: `torch` or `te`; attention: `sdpa` or `te`; vp_stage: number of the virtual stage, None without them.
+    """
     core = functools.partial(RowAttention, blocks=BlockCache()) if attention == "sdpa" else None
     if layers == "te":
         from megatron.core.extensions.transformer_engine import TENorm
@@ -69,4 +72,5 @@ def block_spec(config: Any, *, layers: str, attention: str) -> TransformerBlockS
         layer, norm = te_layer(core), TENorm
     else:
         layer, norm = torch_layer(core), RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
