@@ -25,17 +25,19 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelArch:
-    """A decoder-only Llama-family model: RMSNorm, rotary positions, grouped-query attention, SiLU-gated MLP, no biases.
+    """A decoder-only model: RMSNorm, rotary positions, grouped-query attention, SiLU-gated MLP or experts, no biases.
 
     Shapes that follow from the fields (HF names, [out, in]): q_proj [num_heads * head_dim, hidden_size], k_proj and
     v_proj [num_kv_heads * head_dim, hidden_size], o_proj [hidden_size, num_heads * head_dim], gate_proj and up_proj
     [ffn_hidden_size, hidden_size], down_proj [hidden_size, ffn_hidden_size], embed_tokens [vocab_size, hidden_size].
+    With experts every layer has a router [num_experts, hidden_size] and num_experts MLPs of width moe_ffn_hidden_size
+    in place of its MLP.
 
     Attributes:
         architecture: the HF class name, the key into the converters' table, e.g. `LlamaForCausalLM`.
         num_layers: decoder layers.
         hidden_size: width of the residual stream.
-        ffn_hidden_size: width of the gated MLP.
+        ffn_hidden_size: width of the gated MLP; where there are experts it is only what config.json says.
         num_heads: query heads.
         num_kv_heads: key/value heads; divides `num_heads`.
         head_dim: width of one head; `num_heads * head_dim` may differ from `hidden_size`.
@@ -46,6 +48,11 @@ class ModelArch:
         rope_scaling: None, or llama3 scaling.
         tie_word_embeddings: the output layer is the embedding.
         torch_dtype: what the weights are stored in: `bfloat16`, `float16` or `float32`.
+        qk_norm: RMSNorm over head_dim of every query and key head, before the rotation; weights [head_dim].
+        num_experts: experts of every layer; None for a dense model, and then the three below mean nothing.
+        experts_per_token: experts that a token is sent to: those of the largest router probability.
+        moe_ffn_hidden_size: width of one expert's gated MLP.
+        norm_topk_prob: the chosen experts' probabilities are divided by their sum.
     """
 
     architecture: str
@@ -62,6 +69,11 @@ class ModelArch:
     rope_scaling: RopeScaling | None
     tie_word_embeddings: bool
     torch_dtype: str
+    qk_norm: bool = False
+    num_experts: int | None = None
+    experts_per_token: int | None = None
+    moe_ffn_hidden_size: int | None = None
+    norm_topk_prob: bool = False
 
 
 def read_arch(path: str | Path) -> ModelArch:

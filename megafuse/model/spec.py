@@ -17,17 +17,24 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megafuse.model.attention import BlockCache, RowAttention
+from megafuse.model.moe import torch_experts
 from megafuse.model.norm import RMSNorm
 
-# mcore stores every flavour under Transformer Engine's names, where a norm is part of the linear layer behind it
+# mcore stores every flavour under Transformer Engine's names, where a norm is part of the linear layer behind it; a
+# router and its experts share the norm before them, which stays on its own
 CANONICAL_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
+CANONICAL_MOE_NAMES = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 
 
-def torch_layer(core_attention: Any) -> ModuleSpec:
+def torch_layer(core_attention: Any, *, qk_norm: bool = False, experts: bool = False) -> ModuleSpec:
     """A layer of mcore's own parallel linear modules, for any device."""
+    mlp = ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
+    norm = RMSNorm if qk_norm else None
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -36,25 +43,29 @@ def torch_layer(core_attention: Any) -> ModuleSpec:
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear, core_attention=core_attention, linear_proj=RowParallelLinear
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=core_attention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=norm,
+                    k_layernorm=norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-            ),
+            mlp=torch_experts() if experts else mlp,
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=CANONICAL_NAMES,
+            sharded_state_dict_keys_map=CANONICAL_MOE_NAMES if experts else CANONICAL_NAMES,
         ),
     )
 
 
-def te_layer(core_attention: Any | None) -> ModuleSpec:
+def te_layer(core_attention: Any | None, *, qk_norm: bool = False, experts: int | None = None) -> ModuleSpec:
     """A layer of Transformer Engine's modules; `core_attention` None keeps TE's own."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    spec = get_gpt_layer_with_transformer_engine_spec()
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=qk_norm
+    )
     if core_attention is not None:
         spec.submodules.self_attention.submodules.core_attention = core_attention
     return spec
@@ -66,11 +77,12 @@ def block_spec(config: Any, *, layers: str, attention: str, vp_stage: int | None
     layers: `torch` or `te`; attention: `sdpa` or `te`; vp_stage: number of the virtual stage, None without them.
     """
     core = functools.partial(RowAttention, blocks=BlockCache()) if attention == "sdpa" else None
+    qk_norm, experts = config.qk_layernorm, config.num_moe_experts
     if layers == "te":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, norm = te_layer(core), TENorm
+        layer, norm = te_layer(core, qk_norm=qk_norm, experts=experts), TENorm
     else:
-        layer, norm = torch_layer(core), RMSNorm
+        layer, norm = torch_layer(core, qk_norm=qk_norm, experts=experts is not None), RMSNorm
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
