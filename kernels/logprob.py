@@ -15,6 +15,7 @@ from megafuse.errors import ConfigError, DataError
 from megafuse.kernels._logprob_torch import LinearLogprobs, LinearOptions, RowMap, VocabParallelLogprobs
 from megafuse.kernels._segments import segment_logprobs
 from megafuse.kernels._vocab_softmax import Head
+from megafuse.kernels.backend import choose
 
 __all__ = ["linear_logprobs", "segment_logprobs", "vocab_parallel_logprobs"]
 
@@ -31,6 +32,7 @@ def vocab_parallel_logprobs(
     softcap: float | None = None,
     inplace_backward: bool = False,
     vocab_size: int | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Log-probs [T] float32 of `targets [T]` (global ids) under `logits [T, V_local]`.
 
@@ -44,9 +46,17 @@ def vocab_parallel_logprobs(
     """
     if logits.ndim != 2 or targets.shape != logits.shape[:1]:
         raise ConfigError(f"logits {list(logits.shape)} must be [T, V] and targets {list(targets.shape)} [T]")
+    _check_tensors(logits=logits, targets=targets)
     head = _head(logits.shape[1], vocab_start, vocab_size, group, temperature, softcap)
     _check_targets(targets, head, vocab_size)
-    logp = VocabParallelLogprobs.apply(logits, targets, head, inplace_backward)
+    if choose(backend, logits.device, logits.dtype) == "triton":
+        if logits.numel() and logits.stride(1) != 1:
+            raise ConfigError(f"logits have strides {logits.stride()}: the vocabulary must be contiguous (stride 1)")
+        from megafuse.kernels._logprob_triton import TritonVocabParallelLogprobs
+
+        logp = TritonVocabParallelLogprobs.apply(logits, targets, head, inplace_backward)
+    else:
+        logp = VocabParallelLogprobs.apply(logits, targets, head, inplace_backward)
     return _owned_somewhere(logp, targets, head, vocab_size)
 
 
@@ -79,7 +89,7 @@ def linear_logprobs(
     `vocab_parallel_logprobs`; DataError also on a `row_index` outside the sequence, ConfigError on another `backend`.
     """
     if backend not in BACKENDS:
-        raise ConfigError(f"backend={backend!r} is not available here: use one of {', '.join(BACKENDS)}")
+        raise ConfigError(f"backend={backend!r} is not known here: use one of {', '.join(BACKENDS)}")
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.ndim != 1:
         raise ConfigError(
             f"hidden {list(hidden.shape)} must be [T_h, H], weight {list(weight.shape)} [V, H], "
@@ -112,6 +122,17 @@ def _head(
         raise ConfigError(f"softcap={softcap} must be positive, or None for no soft cap")
     valid = columns if vocab_size is None else min(max(vocab_size - start, 0), columns)
     return Head(start, valid, temperature, softcap, group if group is not None and group.size() > 1 else None)
+
+
+def _check_tensors(targets: Tensor, **floats: Tensor) -> None:
+    """Refuse ids that are no integers, numbers that are no floats, and tensors on different devices."""
+    if targets.dtype not in (torch.int32, torch.int64):
+        raise ConfigError(f"targets are {targets.dtype}: token ids must be int64 or int32")
+    for name, tensor in floats.items():
+        if not tensor.is_floating_point():
+            raise ConfigError(f"{name} is {tensor.dtype}: a floating-point type is needed")
+        if tensor.device != targets.device:
+            raise ConfigError(f"{name} is on {tensor.device} but targets are on {targets.device}: move one of them")
 
 
 def _check_targets(targets: Tensor, head: Head, vocab_size: int | None) -> None:
