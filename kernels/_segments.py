@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from megafuse.errors import ConfigError, DataError
 from megafuse.kernels._collectives import gather_ranks
+from megafuse.kernels.backend import choose
 
 
 def segment_sums(values: Tensor, ids: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
@@ -73,6 +74,7 @@ def segment_logprobs(
     *,
     normalize: Literal["none", "mean"] = "none",
     cp_group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Per-response sums (or means) of token log-probs, and the number of tokens of each response.
 
@@ -81,11 +83,15 @@ def segment_logprobs(
     A segment without tokens has sum, mean and length 0. With `cp_group` every rank passes its own tokens and receives
     the completed sums; the gradient of the completed sum flows back to each rank's tokens unchanged.
 
-    Raises ConfigError on shapes that do not match, DataError (CPU only: CUDA would have to wait for the device) on an
-    id that is too large.
+    Raises ConfigError on shapes that do not match and on a `backend` that cannot run, DataError on an id that is too
+    large (on CUDA, which would have to be waited for, the Triton kernel makes every sum NaN instead).
     """
     if normalize not in ("none", "mean"):
         raise ConfigError(f"normalize={normalize!r} is not known: use 'none' or 'mean'")
+    if segment_ids.is_floating_point() or segment_ids.device != logp.device:
+        raise ConfigError(
+            f"segment_ids are {segment_ids.dtype} on {segment_ids.device}: integers on {logp.device} are needed"
+        )
     if logp.ndim != 1 or segment_ids.shape != logp.shape:
         raise ConfigError(
             f"logp {list(logp.shape)} and segment_ids {list(segment_ids.shape)} must be 1-d and equally long"
@@ -94,5 +100,11 @@ def segment_logprobs(
     if ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= num_segments:
         raise DataError(f"segment_ids holds {int(ids.max())}, but num_segments is {num_segments}")
     group = cp_group if cp_group is not None and cp_group.size() > 1 else None
-    sums, counts = _SegmentLogprobs.apply(logp, ids, num_segments, normalize == "mean", group)
+    mean = normalize == "mean"
+    if choose(backend, logp.device, logp.dtype) == "triton":
+        from megafuse.kernels._segments_triton import TritonSegmentLogprobs
+
+        sums, counts = TritonSegmentLogprobs.apply(logp, ids, num_segments, mean, group)
+    else:
+        sums, counts = _SegmentLogprobs.apply(logp, ids, num_segments, mean, group)
     return sums, counts
