@@ -5,8 +5,6 @@ One lane a term, everything in float64. `terms_*` write, for each of the m terms
 over all terms, in a fixed order. A term without the members that it needs has loss NaN.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -14,13 +12,15 @@ from megafuse.kernels._triton_math import sigmoid64, softplus64
 
 
 @triton.jit
-def _take(values: Any, index: Any, ok: Any) -> Any:
+def _take(values: tl.tensor, index: tl.tensor, ok: tl.tensor) -> tl.tensor:
     """values[index] as float64, 0 where not ok."""
     return tl.load(values + index, mask=ok, other=0.0).to(tl.float64)
 
 
 @triton.jit
-def _response(logps: Any, refs: Any, lengths: Any, index: Any, ok: Any, HAS_REF: tl.constexpr) -> Any:
+def _response(
+    logps: tl.tensor, refs: tl.tensor, lengths: tl.tensor, index: tl.tensor, ok: tl.tensor, HAS_REF: tl.constexpr
+) -> tl.tensor:
     """`(log pi, d, |y|)` of responses; d = log pi - log pi_ref, or log pi without a reference."""
     logp = _take(logps, index, ok)
     length = tl.maximum(tl.load(lengths + index, mask=ok, other=1), 1).to(tl.float64)
@@ -31,7 +31,9 @@ def _response(logps: Any, refs: Any, lengths: Any, index: Any, ok: Any, HAS_REF:
 
 
 @triton.jit
-def _score(logp: Any, d: Any, length: Any, beta: Any, USE_REF: tl.constexpr, PER_TOKEN: tl.constexpr) -> Any:
+def _score(
+    logp: tl.tensor, d: tl.tensor, length: tl.tensor, beta: tl.tensor, USE_REF: tl.constexpr, PER_TOKEN: tl.constexpr
+) -> tl.tensor:
     """The implicit reward of a response and its derivative by log pi."""
     slope = beta / length if PER_TOKEN else beta + 0.0 * length
     return (d if USE_REF else logp) * slope, slope
@@ -39,20 +41,20 @@ def _score(logp: Any, d: Any, length: Any, beta: Any, USE_REF: tl.constexpr, PER
 
 @triton.jit
 def terms_pair(
-    logps: Any,  # [n] float32
-    refs: Any,  # [n] float32 or float64
-    lengths: Any,  # [n] integer
-    rewards: Any,  # [n] float
-    members: Any,  # [m, 2] int64: chosen, rejected; [m, 3]: source's best, own best, own worst
-    weights: Any,  # [m] float
-    loss: Any,
-    coef: Any,
-    values: Any,
-    terms: Any,
-    beta: Any,
-    gamma: Any,
-    smoothing: Any,
-    alpha: Any,
+    logps: tl.tensor,  # [n] float32
+    refs: tl.tensor,  # [n] float32 or float64
+    lengths: tl.tensor,  # [n] integer
+    rewards: tl.tensor,  # [n] float
+    members: tl.tensor,  # [m, 2] int64: chosen, rejected; [m, 3]: source's best, own best, own worst
+    weights: tl.tensor,  # [m] float
+    loss: tl.tensor,
+    coef: tl.tensor,
+    values: tl.tensor,
+    terms: tl.tensor,
+    beta: tl.tensor,
+    gamma: tl.tensor,
+    smoothing: tl.tensor,
+    alpha: tl.tensor,
     HAS_REF: tl.constexpr,
     USE_REF: tl.constexpr,
     PER_TOKEN: tl.constexpr,
@@ -116,14 +118,14 @@ def terms_pair(
 
 @triton.jit
 def terms_sft(
-    logps: Any,
-    lengths: Any,
-    members: Any,  # [m, 1]
-    weights: Any,
-    loss: Any,
-    coef: Any,  # [m, 1]
-    values: Any,  # [2, m]: nll, nll per token
-    terms: Any,
+    logps: tl.tensor,
+    lengths: tl.tensor,
+    members: tl.tensor,  # [m, 1]
+    weights: tl.tensor,
+    loss: tl.tensor,
+    coef: tl.tensor,  # [m, 1]
+    values: tl.tensor,  # [2, m]: nll, nll per token
+    terms: tl.tensor,
     PER_TOKEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -142,27 +144,27 @@ def terms_sft(
 
 
 @triton.jit
-def _pick(values: Any, chosen: Any, K: tl.constexpr) -> Any:
+def _pick(values: tl.tensor, chosen: tl.tensor, K: tl.constexpr) -> tl.tensor:
     """values[i, chosen[i]] of values [B, K]."""
     return tl.sum(tl.where(tl.arange(0, K)[None, :] == chosen[:, None], values, 0.0), 1)
 
 
 @triton.jit
 def terms_rloo(
-    logps: Any,
-    refs: Any,
-    lengths: Any,
-    rewards: Any,
-    members: Any,  # [m, k] int64; -1 pads
-    weights: Any,
-    loss: Any,
-    coef: Any,  # [m, k]
-    values: Any,  # [Q, m]: 9 of the preference metrics, advantage_abs, rewards, clip_fraction, kl, kl_per_token
-    terms: Any,
-    width: Any,
-    beta_kl: Any,
-    clip: Any,
-    max_log_ratio: Any,
+    logps: tl.tensor,
+    refs: tl.tensor,
+    lengths: tl.tensor,
+    rewards: tl.tensor,
+    members: tl.tensor,  # [m, k] int64; -1 pads
+    weights: tl.tensor,
+    loss: tl.tensor,
+    coef: tl.tensor,  # [m, k]
+    values: tl.tensor,  # [Q, m]: 9 of the preference metrics, advantage_abs, rewards, clip_fraction, kl, kl_per_token
+    terms: tl.tensor,
+    width: tl.tensor,
+    beta_kl: tl.tensor,
+    clip: tl.tensor,
+    max_log_ratio: tl.tensor,
     HAS_REF: tl.constexpr,
     CLIPPED: tl.constexpr,
     K: tl.constexpr,
@@ -227,15 +229,15 @@ def terms_rloo(
 
 @triton.jit
 def reduce_terms(
-    loss: Any,
-    values: Any,
-    weights: Any,
-    group: Any,  # [m] integer
-    terms: Any,
-    groups: Any,
-    losses: Any,  # [g] float32 out
-    entropy: Any,  # [g, 2] float64 out: entropy of the group's weights, 1 if it has terms
-    metrics: Any,  # [Q, 2] float64 out: sum of weight * value, sum of weight
+    loss: tl.tensor,
+    values: tl.tensor,
+    weights: tl.tensor,
+    group: tl.tensor,  # [m] integer
+    terms: tl.tensor,
+    groups: tl.tensor,
+    losses: tl.tensor,  # [g] float32 out
+    entropy: tl.tensor,  # [g, 2] float64 out: entropy of the group's weights, 1 if it has terms
+    metrics: tl.tensor,  # [Q, 2] float64 out: sum of weight * value, sum of weight
     BLOCK: tl.constexpr,
 ) -> None:
     """Programs 0 .. g-1 a group each, then one a metric. A group index outside [0, g) makes every loss NaN."""
@@ -268,14 +270,14 @@ def reduce_terms(
 
 @triton.jit
 def sums_gradient(
-    members: Any,  # [m * k] int64
-    group: Any,  # [m]
-    coef: Any,  # [m * k] float64
-    grad: Any,  # [g]: d total / d loss of each group
-    out: Any,  # [n] float32: d total / d log pi
-    pairs: Any,
-    width: Any,
-    groups: Any,
+    members: tl.tensor,  # [m * k] int64
+    group: tl.tensor,  # [m]
+    coef: tl.tensor,  # [m * k] float64
+    grad: tl.tensor,  # [g]: d total / d loss of each group
+    out: tl.tensor,  # [n] float32: d total / d log pi
+    pairs: tl.tensor,
+    width: tl.tensor,
+    groups: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
     """One program a response adds up, in order, what the terms that it is a member of say."""

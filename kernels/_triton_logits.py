@@ -4,8 +4,6 @@ Of a row, over this rank's columns except the target's: m = max z_j, s = sum exp
 `_vocab_softmax`, x = (m - z_y) + log s, log p = -softplus(x), 1 - p = sigmoid(x). No atomics: the same bits every run.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -14,15 +12,15 @@ from megafuse.kernels._triton_math import LOG2E, local_column, sigmoid64, softpl
 
 @triton.jit
 def row_stats(
-    logits: Any,  # [T, V] float32 or bfloat16
-    stride: Any,
-    targets: Any,  # [T] integer, global ids
-    stats: Any,  # [3, T] float32 out: m, s, z_y (-inf where not owned)
-    rows: Any,
-    start: Any,
-    columns: Any,
-    scale: Any,
-    cap: Any,
+    logits: tl.tensor,  # [T, V] float32 or bfloat16
+    stride: tl.tensor,
+    targets: tl.tensor,  # [T] integer, global ids
+    stats: tl.tensor,  # [3, T] float32 out: m, s, z_y (-inf where not owned)
+    rows: tl.tensor,
+    start: tl.tensor,
+    columns: tl.tensor,
+    scale: tl.tensor,
+    cap: tl.tensor,
     CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -51,11 +49,11 @@ def row_stats(
 
 @triton.jit
 def finish_rows(
-    parts: Any,  # [W, 3, T] float32: every rank's `stats`
-    ranks: Any,
-    logp: Any,  # [T] float32 out
-    saved: Any,  # [3, T] float32 out, for `row_gradient`: M = max over ranks, (1 - p) / s, 1 - p
-    rows: Any,
+    parts: tl.tensor,  # [W, 3, T] float32: every rank's `stats`
+    ranks: tl.tensor,
+    logp: tl.tensor,  # [T] float32 out
+    saved: tl.tensor,  # [3, T] float32 out, for `row_gradient`: M = max over ranks, (1 - p) / s, 1 - p
+    rows: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
     """Merge the ranks' statistics in rank order, in float64; log p and what backward needs."""
@@ -82,19 +80,19 @@ def finish_rows(
 
 @triton.jit
 def row_gradient(
-    logits: Any,  # [T, V]
-    stride: Any,
-    out: Any,  # [T, V]: d loss / d logits; may be `logits`
-    out_stride: Any,
-    targets: Any,
-    saved: Any,  # [3, T] float32 of `finish_rows`
-    grad: Any,  # [T] float32: d loss / d log p
-    rows: Any,
-    start: Any,
-    columns: Any,
-    width: Any,
-    scale: Any,
-    cap: Any,
+    logits: tl.tensor,  # [T, V]
+    stride: tl.tensor,
+    out: tl.tensor,  # [T, V]: d loss / d logits; may be `logits`
+    out_stride: tl.tensor,
+    targets: tl.tensor,
+    saved: tl.tensor,  # [3, T] float32 of `finish_rows`
+    grad: tl.tensor,  # [T] float32: d loss / d log p
+    rows: tl.tensor,
+    start: tl.tensor,
+    columns: tl.tensor,
+    width: tl.tensor,
+    scale: tl.tensor,
+    cap: tl.tensor,
     CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:

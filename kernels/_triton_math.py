@@ -1,9 +1,8 @@
 """What the Triton kernels share. Nothing here runs on the host. Import only after `backend.choose` said `triton`.
 
-Annotations are real objects here (no `from __future__ import annotations`): Triton's interpreter compares them.
+Annotations are real objects here (no `from __future__ import annotations`): the interpreter compares them, and the
+compiler looks them up, so only names that it knows (`tl.tensor`, `tl.constexpr`) will do.
 """
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -12,7 +11,7 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def transform(x: Any, scale: Any, cap: Any, CAPPED: tl.constexpr) -> Any:
+def transform(x: tl.tensor, scale: tl.tensor, cap: tl.tensor, CAPPED: tl.constexpr) -> tl.tensor:
     """`(z, slope)` of raw float32 logits: z = cap * tanh(x / cap) * scale, and tanh's slope (dz/dx over scale)."""
     if CAPPED:
         u = x / cap
@@ -27,7 +26,7 @@ def transform(x: Any, scale: Any, cap: Any, CAPPED: tl.constexpr) -> Any:
 
 
 @triton.jit
-def softplus64(x: Any) -> Any:
+def softplus64(x: tl.tensor) -> tl.tensor:
     """log(1 + exp(x)) of float64 to full relative precision; Triton has no log1p that its interpreter knows."""
     small = tl.exp(-tl.abs(x))
     one = 1.0 + small
@@ -36,13 +35,13 @@ def softplus64(x: Any) -> Any:
 
 
 @triton.jit
-def sigmoid64(x: Any) -> Any:
+def sigmoid64(x: tl.tensor) -> tl.tensor:
     """1 / (1 + exp(-x)) of float64."""
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
-def local_column(target: Any, start: Any, columns: Any) -> Any:
+def local_column(target: tl.tensor, start: tl.tensor, columns: tl.tensor) -> tl.tensor:
     """Column of a global id in this shard as int32; -1 where another rank owns it."""
     column = target.to(tl.int64) - start
     return tl.where((column >= 0) & (column < columns), column, -1).to(tl.int32)

@@ -1,18 +1,16 @@
 """Triton kernels of the sums per response: one program a segment scans all ids in order, so nothing is ever atomic."""
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
 def segment_sum(
-    logp: Any,  # [T] float
-    ids: Any,  # [T] integer; negative: ignored
-    tokens: Any,
-    segments: Any,
-    part: Any,  # [2, N] float64 out: sum, count
+    logp: tl.tensor,  # [T] float
+    ids: tl.tensor,  # [T] integer; negative: ignored
+    tokens: tl.tensor,
+    segments: tl.tensor,
+    part: tl.tensor,  # [2, N] float64 out: sum, count
     BLOCK: tl.constexpr,
 ) -> None:
     """Float64 sums by lane, lanes added in a fixed tree. An id that is too large makes every sum NaN."""
@@ -32,11 +30,11 @@ def segment_sum(
 
 @triton.jit
 def finish_segments(
-    parts: Any,  # [W, 2, N] float64: every rank's `part`
-    ranks: Any,
-    segments: Any,
-    sums: Any,  # [N] float32 out
-    counts: Any,  # [N] int64 out
+    parts: tl.tensor,  # [W, 2, N] float64: every rank's `part`
+    ranks: tl.tensor,
+    segments: tl.tensor,
+    sums: tl.tensor,  # [N] float32 out
+    counts: tl.tensor,  # [N] int64 out
     MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -57,12 +55,12 @@ def finish_segments(
 
 @triton.jit
 def segment_gradient(
-    ids: Any,
-    grad: Any,  # [N] float32: d loss / d sum or mean
-    counts: Any,  # [N] int64
-    out: Any,  # [T]: d loss / d log p; 0 where the id is negative
-    tokens: Any,
-    segments: Any,
+    ids: tl.tensor,
+    grad: tl.tensor,  # [N] float32: d loss / d sum or mean
+    counts: tl.tensor,  # [N] int64
+    out: tl.tensor,  # [T]: d loss / d log p; 0 where the id is negative
+    tokens: tl.tensor,
+    segments: tl.tensor,
     MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:

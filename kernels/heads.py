@@ -72,10 +72,10 @@ class _Fused(torch.autograd.Function):
 
         members, groups = terms.members.contiguous(), terms.num_groups
         m = members.shape[0]
-        wide = {"dtype": torch.float64, "device": logps.device}
-        loss, coef, values = torch.empty(m, **wide), torch.empty(members.shape, **wide), torch.empty(count, m, **wide)
         losses = torch.empty(groups, dtype=torch.float32, device=logps.device)
-        entropy, metrics = torch.empty(groups, 2, **wide), torch.empty(count, 2, **wide)
+        loss = torch.empty(m, dtype=torch.float64, device=logps.device)
+        coef, values = loss.new_empty(members.shape), loss.new_empty(count, m)
+        entropy, metrics = loss.new_empty(groups, 2), loss.new_empty(count, 2)
         group = terms.group.contiguous()
         with on_device(logps):
             if m:

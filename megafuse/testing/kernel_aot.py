@@ -1,0 +1,145 @@
+"""`python -m megafuse.testing.kernel_aot`: every Triton kernel compiled for sm_90 without a GPU; facts as JSON.
+
+Needs only the triton wheel, which carries ptxas and cuobjdump. TRITON_INTERPRET must be unset: in the interpreter there
+is nothing to compile, which is why tests start this as a process of its own.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+COUNTED = ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDG.E.128", "STG.E.128", "MUFU.EX2", "ATOM", "RED", "LDL", "STL")
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel as it is launched: types of its arguments, compile-time values, launch options."""
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]  # of the arguments that are not compile-time values
+    constants: Mapping[str, Any]
+    options: Mapping[str, int] = field(default_factory=dict)
+    aligned: tuple[str, ...] = ()  # arguments divisible by 16: Triton sees that at launch
+
+
+def builds() -> Iterator[Build]:
+    """Every kernel of megafuse.kernels, in the variants that differ in code."""
+    yield from _logits()
+    yield from _segments()
+    yield from _heads()
+
+
+def _logits() -> Iterator[Build]:
+    from megafuse.kernels._triton_logits import finish_rows, row_gradient, row_stats
+
+    sizes = {"rows": "i32", "start": "i32", "columns": "i32", "scale": "fp32", "cap": "fp32"}
+    wide = {"num_warps": 8}
+    for capped in (False, True):
+        for dtype in ("bf16", "fp32"):
+            constants = {"CAPPED": capped, "BLOCK": 4096}
+            types = {"logits": f"*{dtype}", "stride": "i32", "targets": "*i64", "stats": "*fp32", **sizes}
+            aligned = ("logits", "stride", "targets", "stats", "rows", "columns")
+            yield Build(f"row_stats-{dtype}-cap{capped:d}", row_stats, types, constants, wide, aligned)
+            types = {
+                **types,
+                "out": f"*{dtype}",
+                "out_stride": "i32",
+                "saved": "*fp32",
+                "grad": "*fp32",
+                "width": "i32",
+            }
+            aligned = ("logits", "stride", "out", "out_stride", "width", "columns", "saved", "grad", "rows")
+            yield Build(f"row_gradient-{dtype}-cap{capped:d}", row_gradient, types, constants, wide, aligned)
+    types = {"parts": "*fp32", "ranks": "i32", "logp": "*fp32", "saved": "*fp32", "rows": "i32"}
+    yield Build("finish_rows", finish_rows, types, {"BLOCK": 128})
+
+
+def _segments() -> Iterator[Build]:
+    from megafuse.kernels._triton_segments import finish_segments, segment_gradient, segment_sum
+
+    types = {"logp": "*fp32", "ids": "*i64", "tokens": "i32", "segments": "i32", "part": "*fp64", "parts": "*fp64"}
+    types |= {"ranks": "i32", "sums": "*fp32", "counts": "*i64", "grad": "*fp32", "out": "*fp32"}
+    yield Build("segment_sum", segment_sum, types, {"BLOCK": 2048}, {"num_warps": 8}, ("logp", "ids"))
+    for mean in (False, True):
+        constants = {"MEAN": mean, "BLOCK": 256}
+        yield Build(f"finish_segments-mean{mean:d}", finish_segments, types, constants)
+        yield Build(f"segment_gradient-mean{mean:d}", segment_gradient, types, constants)
+
+
+def _heads() -> Iterator[Build]:
+    from megafuse.kernels._triton_heads import reduce_terms, sums_gradient, terms_pair, terms_rloo, terms_sft
+
+    types = {"logps": "*fp32", "refs": "*fp64", "lengths": "*i64", "rewards": "*fp32", "members": "*i64"}
+    types |= {"weights": "*fp32", "loss": "*fp64", "coef": "*fp64", "values": "*fp64", "group": "*i64"}
+    types |= {"losses": "*fp32", "entropy": "*fp64", "metrics": "*fp64", "grad": "*fp32", "out": "*fp32"}
+    types |= dict.fromkeys(("terms", "groups", "width", "pairs"), "i32")
+    types |= dict.fromkeys(("beta", "gamma", "smoothing", "alpha", "beta_kl", "clip", "max_log_ratio"), "fp32")
+    for per_token, triple in ((False, False), (True, False), (False, True)):
+        constants = {"HAS_REF": True, "USE_REF": True, "PER_TOKEN": per_token, "TRIPLE": triple, "BLOCK": 64}
+        yield Build(f"terms_pair-mean{per_token:d}-triple{triple:d}", terms_pair, types, constants)
+    constants = {"HAS_REF": False, "USE_REF": False, "PER_TOKEN": True, "TRIPLE": False, "BLOCK": 64}
+    yield Build("terms_pair-simpo", terms_pair, types, constants)
+    yield Build("terms_sft", terms_sft, types, {"PER_TOKEN": True, "BLOCK": 64})
+    for clipped in (False, True):
+        constants = {"HAS_REF": True, "CLIPPED": clipped, "K": 4, "BLOCK": 64}
+        yield Build(f"terms_rloo-clipped{clipped:d}", terms_rloo, types, constants)
+    yield Build("reduce_terms", reduce_terms, types, {"BLOCK": 64})
+    yield Build("sums_gradient", sums_gradient, types, {"BLOCK": 64})
+
+
+def compile_one(build: Build, folder: Path, capability: int = 90) -> dict[str, Any]:
+    """Registers, stack (spills), shared memory and counts of chosen instructions of one build."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    started = time.monotonic()
+    names = build.kernel.arg_names
+    signature = {name: "constexpr" if name in build.constants else build.types[name] for name in names}
+    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in build.aligned}
+    source = ASTSource(fn=build.kernel, signature=signature, constexprs=dict(build.constants), attrs=attrs)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(build.options))
+    binary = folder / f"{build.name}.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
+    assert found is not None, f"cuobjdump says nothing of {build.name}: {usage.stdout}{usage.stderr}"
+    sass = subprocess.run([tool, "-sass", binary], capture_output=True, text=True, check=True).stdout
+    counts = {op: len(re.findall(rf"(?<![\w.]){re.escape(op)}(?!UX)", sass)) for op in COUNTED}
+    return {
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "shared": int(compiled.metadata.shared),
+        "seconds": round(time.monotonic() - started, 2),
+        **{op: n for op, n in counts.items() if n},
+    }
+
+
+def main() -> int:
+    """Compile all builds (or those whose name has `--only` in it) and print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="compile only what has this in its name")
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("TRITON_INTERPRET=1: nothing is compiled in the interpreter", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.setdefault("TRITON_CACHE_DIR", folder)
+        chosen = [build for build in builds() if args.only in build.name]
+        print(json.dumps({build.name: compile_one(build, Path(folder)) for build in chosen}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
