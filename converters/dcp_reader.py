@@ -12,6 +12,7 @@ import struct
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ _INERT = {"megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata",
 _SKIPPED = ("optimizer.", "optimizer_", "rng_state", "scheduler.")
 # Where mcore keeps fp32 master weights: the distributed optimizer, then the plain mixed-precision one.
 _MASTER = ("optimizer.state.param.", "optimizer.state.fp32_param.")
+# After these comes the number of the layer or expert, unless the tensor holds all of them (mcore's default).
+_STACKS = ("decoder.layers.", ".mlp.experts.experts.")
 _NAMES = {str(dtype): name for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -91,7 +94,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A box of one layer's tensor, in elements; the first `skip` elements of its payload are other layers'."""
+    """A box of one layer's (and expert's) tensor, in elements; the first `skip` elements of its payload are others'."""
 
     offset: tuple[int, ...]
     size: tuple[int, ...]
@@ -109,7 +112,8 @@ class _Tensor:
 class DcpFolder:
     """A `TensorView`, by mcore name, of the model weights in a checkpoint. A context manager: it keeps files open.
 
-    Stacked keys (`decoder.layers.mlp...`, [layers, ...]) are seen layer by layer under `decoder.layers.7.mlp...`.
+    Stacked keys (`decoder.layers.mlp...`, [layers, ...]) are seen layer by layer under `decoder.layers.7.mlp...`, and
+    stacked experts (`mlp.experts.experts.linear_fc2...`) under `mlp.experts.experts.5.linear_fc2...`.
     `stacked` and `has_optimizer` say what was found. Optimizer state is left out; with `master` its fp32 master weights
     are read INSTEAD of the model's.
     Raises ConfigError where there is no checkpoint (or no master weights in it), IntegrityError where it is damaged.
@@ -152,20 +156,21 @@ class DcpFolder:
 
     def _add(self, key: str, prefix: str, entry: Any, infos: dict[tuple[str, tuple[int, ...]], Any]) -> None:
         base = key.removeprefix(prefix)
-        stacked = base.startswith("decoder.layers.") and not base.split(".")[2].isdigit()
-        self.stacked |= stacked
-        lead = 1 if stacked else 0
+        stacks = [stack for stack in _STACKS if stack in base and not base.split(stack)[1].split(".")[0].isdigit()]
+        self.stacked |= _STACKS[0] in stacks
+        lead = len(stacks)
         dtype = _NAMES.get(str(entry.properties.dtype), str(entry.properties.dtype))
         for chunk in entry.chunks:
             offset, size = tuple(chunk.offsets), tuple(chunk.sizes)
             info = infos.get((key, offset))
             if info is None:
                 raise IntegrityError(f"{self.folder}: .metadata does not say where {key} at {offset} is stored")
-            for place in range(size[0]) if stacked else (0,):
-                name = base.replace(".layers.", f".layers.{offset[0] + place}.", 1) if stacked else base
+            for order, place in enumerate(product(*map(range, size[:lead]))):
+                name = base
+                for stack, first, within in zip(stacks, offset, place):
+                    name = name.replace(stack, f"{stack}{first + within}.", 1)
                 tensor = self._tensors.setdefault(name, _Tensor(tuple(entry.size)[lead:], dtype))
-                skip = place * prod(size[1:]) if stacked else 0
-                tensor.chunks.append(_Chunk(offset[lead:], size[lead:], skip, info))
+                tensor.chunks.append(_Chunk(offset[lead:], size[lead:], order * prod(size[lead:]), info))
 
     def _join_halves(self) -> None:
         """mcore's `singleton_local_shards` stores [gate] and [up] apart, as `weight_w` and `weight_v`."""

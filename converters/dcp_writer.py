@@ -47,8 +47,8 @@ def write_torch_dist(
 ) -> dict[str, str]:
     """Write every tensor of `plan`, read from `source`, into the new `folder`; returns the sha256 of its files.
 
-    Layers are stacked as mcore stacks them. seen: told of every (HF name, bytes) copied; each HF tensor's rows come in
-    order. The bytes depend on the weights only: equal weights give equal files. Memory: about one block.
+    Layers and experts are stacked as mcore stacks them. seen: told of every (HF name, bytes) copied; each HF tensor's
+    rows come in order. The bytes depend on the weights only: equal weights give equal files. Memory: about one block.
     """
     writer = _HashingWriter(folder)
     try:
@@ -87,7 +87,7 @@ class _LazyPlanner(SavePlanner):
     def _items(self, packed: Packed) -> Iterator[WriteItem]:
         dtype = self._source.dtype(packed.pieces[0].hf)
         width = row_bytes(dtype, packed.shape)
-        lead, layers = ((packed.layer,), (self._plan.model.num_layers,)) if packed.layer is not None else ((), ())
+        lead, stack = packed.place, self._plan.stack(packed.row)
         rest = packed.shape[1:]
         for start, stop in blocks(packed.shape[0], width, self._block_bytes):
             offset = torch.Size((*lead, start, *(0 for _ in rest)))
@@ -97,7 +97,7 @@ class _LazyPlanner(SavePlanner):
             data = TensorWriteData(
                 ChunkStorageMetadata(offset, size),
                 TensorProperties(dtype=TORCH_DTYPES[dtype]),
-                torch.Size((*layers, *packed.shape)),
+                torch.Size((*stack, *packed.shape)),
             )
             yield WriteItem(index, WriteItemType.SHARD, tensor_data=data)
 

@@ -8,6 +8,7 @@ or listed as unable to change the forward pass. Anything else is an UnsupportedM
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -95,7 +96,63 @@ HARMLESS = {
     "use_bfloat16",
     "use_cache",
 }
-ARCHITECTURES = {"LlamaForCausalLM": "llama"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture's own keys, beside those that all share.
+
+    Attributes:
+        model_type: what config.json must call it.
+        translated: keys that are read below.
+        fixed: keys of which only these values are implemented; they take the place of the shared rule.
+        harmless: keys that cannot change the forward pass as the other rules leave it.
+        explicit: keys that must be there, since transformers' default is not Llama's.
+        qk_norm: queries and keys are normalised.
+        experts: every layer's MLP is a router and its experts.
+    """
+
+    model_type: str
+    translated: frozenset[str] = frozenset()
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    harmless: frozenset[str] = frozenset()
+    explicit: tuple[str, ...] = ()
+    qk_norm: bool = False
+    experts: bool = False
+
+
+# A window is only looked at where use_sliding_window is true, which the shared rule refuses.
+_QWEN3_WINDOW = frozenset({"sliding_window", "max_window_layers"})
+ARCHITECTURES = {
+    "LlamaForCausalLM": Family("llama"),
+    "Qwen3ForCausalLM": Family(
+        "qwen3",
+        translated=frozenset({"layer_types"}),
+        harmless=_QWEN3_WINDOW,
+        explicit=("head_dim", "num_key_value_heads"),
+        qk_norm=True,
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        "qwen3_moe",
+        translated=frozenset(
+            {
+                "layer_types",
+                "moe_intermediate_size",
+                "norm_topk_prob",
+                "num_experts",
+                "num_experts_per_tok",
+                "num_local_experts",
+            }
+        ),
+        # every layer has experts: dense layers in between would need another table
+        fixed={"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
+        # about a training loss that fusion does not have: the targets' answers are trained, not their load balance
+        harmless=_QWEN3_WINDOW | {"output_router_logits", "router_aux_loss_coef"},
+        explicit=("head_dim", "num_key_value_heads", "norm_topk_prob"),
+        qk_norm=True,
+        experts=True,
+    ),
+}
 DTYPES = ("bfloat16", "float16", "float32")
 ROPE_TYPES = ("default", "llama3")
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -124,12 +181,8 @@ def read_hf_config(folder: str | Path) -> ModelArch:
 def parse_hf_config(config: Mapping[str, Any]) -> ModelArch:
     """Translate the contents of a config.json; see `read_hf_config`."""
     architecture = _architecture(config)
-    for key, value in config.items():
-        if key in FIXED:
-            if not any(_same(value, allowed) for allowed in FIXED[key]):
-                _refuse(key, value, FIXED[key])
-        elif key not in TRANSLATED and key not in HARMLESS:
-            _refuse_key(key, value)
+    family = ARCHITECTURES[architecture]
+    _check_keys(config, family)
     sizes = {field: _positive_int(config, key) for key, field in SIZES.items()}
     heads, hidden = sizes["num_heads"], sizes["hidden_size"]
     kv_heads = _positive_int(config, "num_key_value_heads", default=heads)
@@ -137,9 +190,6 @@ def parse_hf_config(config: Mapping[str, Any]) -> ModelArch:
         _refuse("num_key_value_heads", kv_heads, (f"a divisor of num_attention_heads={heads}",))
     if config.get("head_dim") is None and hidden % heads:
         _refuse("hidden_size", hidden, (f"a multiple of num_attention_heads={heads}, or an explicit head_dim",))
-    tied = config.get("tie_word_embeddings", False)
-    if not isinstance(tied, bool):
-        _refuse("tie_word_embeddings", tied, (True, False))
     theta, scaling = _rope(config)
     return ModelArch(
         architecture=architecture,
@@ -148,18 +198,71 @@ def parse_hf_config(config: Mapping[str, Any]) -> ModelArch:
         rms_norm_eps=_positive_float(config, "rms_norm_eps", default=1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=_flag(config, "tie_word_embeddings"),
         torch_dtype=_dtype(config),
-        **sizes,
+        num_layers=sizes["num_layers"],
+        hidden_size=hidden,
+        ffn_hidden_size=sizes["ffn_hidden_size"],
+        num_heads=heads,
+        vocab_size=sizes["vocab_size"],
+        max_position_embeddings=sizes["max_position_embeddings"],
+        qk_norm=family.qk_norm,
+        **(_experts(config) if family.experts else {}),
     )
+
+
+def _check_keys(config: Mapping[str, Any], family: Family) -> None:
+    """Every key by its rule; the family's rules come before the shared ones."""
+    fixed = {**FIXED, **family.fixed}
+    own = family.translated | family.harmless
+    for key, value in config.items():
+        if key in fixed and key not in own:
+            if not any(_same(value, allowed) for allowed in fixed[key]):
+                _refuse(key, value, fixed[key])
+        elif key not in TRANSLATED | HARMLESS | own:
+            _refuse_key(key, value, TRANSLATED | set(fixed) | own)
+    for key in family.explicit:
+        if config.get(key) is None:
+            _refuse(key, None, ("an explicit value: its default differs from program to program",))
+    kinds = config.get("layer_types")
+    full = ["full_attention"] * _positive_int(config, "num_hidden_layers")
+    if "layer_types" in own and kinds is not None and kinds != full:
+        _refuse("layer_types", kinds, (full, None))
+
+
+def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ModelArch about experts. transformers 5 saves `num_experts` as `num_local_experts`."""
+    counts = {key: _positive_int(config, key) for key in ("num_experts", "num_local_experts") if key in config}
+    if len(set(counts.values())) > 1:
+        raise UnsupportedModelError(f"config.json: {counts} disagree; fix: keep the one that is meant")
+    experts = next(iter(counts.values())) if counts else _positive_int(config, "num_experts")
+    chosen, normalised = _positive_int(config, "num_experts_per_tok"), _flag(config, "norm_topk_prob")
+    if chosen > experts:
+        _refuse("num_experts_per_tok", chosen, (f"at most num_experts={experts}",))
+    if chosen == 1 and normalised:  # the one probability divided by itself: the router would never learn
+        _refuse("num_experts_per_tok", 1, ("at least 2 where norm_topk_prob is true",))
+    return {
+        "num_experts": experts,
+        "experts_per_token": chosen,
+        "moe_ffn_hidden_size": _positive_int(config, "moe_intermediate_size"),
+        "norm_topk_prob": normalised,
+    }
+
+
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    value = config.get(key, False)
+    if not isinstance(value, bool):
+        _refuse(key, value, (True, False))
+    return value
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
         _refuse("architectures", names, tuple([name] for name in ARCHITECTURES))
-    if config.get("model_type") != ARCHITECTURES[names[0]]:
-        _refuse("model_type", config.get("model_type"), (ARCHITECTURES[names[0]],))
+    model_type = ARCHITECTURES[names[0]].model_type
+    if config.get("model_type") != model_type:
+        _refuse("model_type", config.get("model_type"), (model_type,))
     return str(names[0])
 
 
@@ -237,9 +340,9 @@ def _refuse(key: str, value: Any, known: tuple[Any, ...]) -> NoReturn:
     raise UnsupportedModelError(f"config.json: {key} = {json.dumps(value)} is not supported; known: {names}")
 
 
-def _refuse_key(key: str, value: Any) -> NoReturn:
+def _refuse_key(key: str, value: Any, known: set[str]) -> NoReturn:
     raise UnsupportedModelError(
         f"config.json: unknown key {key} = {json.dumps(value)}: it could change the forward pass, no rule says how; "
-        f"known: {', '.join(sorted(TRANSLATED | set(FIXED)))}; "
+        f"known: {', '.join(sorted(known))}; "
         f"if it cannot change the forward pass, add it to HARMLESS in converters/hf_config.py"
     )

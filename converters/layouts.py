@@ -35,14 +35,22 @@ def rank_state_dict(
     pp_rank: int = 0,
     vpp: int = 1,
     vpp_rank: int = 0,
+    ep: int = 1,
+    ep_rank: int = 0,
+    expert_tp: int | None = None,
+    expert_tp_rank: int = 0,
     padded_vocab: int | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(canonical name, tensor) of every parameter of one rank, one at a time; layer numbers are local to the stage.
+    """(canonical name, tensor) of every parameter of one rank, one at a time.
 
+    Layer numbers are local to the stage, expert numbers to the rank.
+    expert_tp, expert_tp_rank: tensor parallelism of the experts where it is another than `tp`.
     padded_vocab: rows of the embedding and output layer over all ranks; rows past the vocabulary are zero.
     A tied model's last stage gets its copy of the embedding as `output_layer.weight`, as in mcore.
     Raises ConfigError where a dimension does not divide.
     """
+    per_rank = _divide(plan.model.num_experts or 0, ep, "experts", by="expert")
+    experts = range(ep_rank * per_rank, (ep_rank + 1) * per_rank)
     layers = stage_layers(plan.model.num_layers, pp, pp_rank, vpp, vpp_rank)
     first = pp_rank == 0 and vpp_rank == 0
     last = pp_rank == pp - 1 and vpp_rank == vpp - 1
@@ -50,10 +58,15 @@ def rank_state_dict(
     for packed in plan.tensors.values():
         if not held[packed.row.stage] or (packed.layer is not None and packed.layer not in layers):
             continue
-        name = packed.name
+        if packed.expert is not None and packed.expert not in experts:
+            continue
+        name = packed.row.mcore
         if packed.layer is not None:
-            name = packed.row.mcore.replace("{i}", str(packed.layer - layers.start))
-        yield name, _slice(plan, packed, source, tp, tp_rank, padded_vocab)
+            name = name.replace("{i}", str(packed.layer - layers.start))
+        if packed.expert is not None:
+            name = name.replace("{e}", str(packed.expert - experts.start))
+        ways = (tp, tp_rank) if expert_tp is None or packed.expert is None else (expert_tp, expert_tp_rank)
+        yield name, _slice(plan, packed, source, *ways, padded_vocab)
     if last and not first and plan.tied_twin:
         embedding = next(p for p in plan.tensors.values() if p.row.stage == "first" and p.row.vocabulary)
         yield "output_layer.weight", _slice(plan, embedding, source, tp, tp_rank, padded_vocab)
@@ -85,7 +98,7 @@ def _slice(
     return tensor
 
 
-def _divide(size: int, ways: int, what: str) -> int:
+def _divide(size: int, ways: int, what: str, by: str = "tensor") -> int:
     if size % ways:
-        raise ConfigError(f"{what}: {size} is not divisible by tensor parallelism {ways}")
+        raise ConfigError(f"{what}: {size} is not divisible by {by} parallelism {ways}")
     return size // ways

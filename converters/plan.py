@@ -3,9 +3,9 @@
 A `Plan` that could lose, repeat or reorder a byte cannot be constructed: `check_bijection` runs first.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 
 from megafuse.converters.table import Arch, Row, dimensions, find
@@ -29,18 +29,24 @@ class Piece:
 
 @dataclass(frozen=True)
 class Packed:
-    """One mcore tensor of one layer: `shape` is unpadded, `pieces` are in row order."""
+    """One mcore tensor of one layer (and expert): `shape` is unpadded, `pieces` are in row order."""
 
     row: Row
     name: str
     layer: int | None
+    expert: int | None
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
 
     @property
     def key(self) -> str:
-        """The name under which mcore stacks this tensor over the layers."""
-        return re.sub(r"\.layers\.\d+\.", ".layers.", self.name)
+        """The name under which mcore stacks this tensor over the layers, and over the experts of a layer."""
+        return stacked_key(self.row.mcore)
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Where in the stack it is: (), (layer,) or (layer, expert)."""
+        return tuple(i for i in (self.layer, self.expert) if i is not None)
 
     def gather(self, source: TensorView, start: int, out: memoryview, width: int, seen: OnRows | None = None) -> None:
         """Fill `out` with packed rows of `width` bytes from `start` on; rows past the end (padding) become zero.
@@ -61,6 +67,11 @@ class Packed:
             out[(end - start) * width :] = bytes((stop - end) * width)
 
 
+def stacked_key(pattern: str) -> str:
+    """A name of the table without its layer and expert: what mcore calls the tensor that holds all of them."""
+    return pattern.replace(".{i}.", ".").replace(".{e}.", ".")
+
+
 class Plan:
     """A whole model: `tensors` by mcore name, `hf_shapes` and `pieces` by HF name, all in table order.
 
@@ -77,13 +88,17 @@ class Plan:
             if row.untied_only and model.tie_word_embeddings:
                 continue
             for layer in range(model.num_layers) if row.stage == "layer" else (None,):
-                self._add(row, layer)
+                for expert in range(model.num_experts or 0) if row.experts else (None,):
+                    self._add(row, layer, expert)
         check_bijection(self)
 
-    def _add(self, row: Row, layer: int | None) -> None:
+    def _add(self, row: Row, layer: int | None, expert: int | None) -> None:
+        def numbered(pattern: str) -> str:
+            return pattern.replace("{i}", str(layer)).replace("{e}", str(expert))
+
         sizes = dimensions(self.model)
-        shapes = {hf.name.replace("{i}", str(layer)): tuple(sizes[letter] for letter in hf.dims) for hf in row.hf}
-        name = row.mcore.replace("{i}", str(layer))
+        shapes = {numbered(hf.name): tuple(sizes[letter] for letter in hf.dims) for hf in row.hf}
+        name = numbered(row.mcore)
         groups = self.model.num_kv_heads if row.pack == "grouped" else 1
         pieces: list[Piece] = []
         at = 0
@@ -96,7 +111,7 @@ class Plan:
         if len({shape[1:] for shape in shapes.values()}) != 1:
             raise IntegrityError(f"table of {self.table.name}: {row.mcore} joins tensors of different widths {shapes}")
         first = next(iter(shapes.values()))
-        self.tensors[name] = Packed(row, name, layer, (at, *first[1:]), tuple(pieces))
+        self.tensors[name] = Packed(row, name, layer, expert, (at, *first[1:]), tuple(pieces))
         self.hf_shapes.update(shapes)
 
     @property
@@ -113,15 +128,18 @@ class Plan:
         """An HF tensor that follows from the configuration."""
         return name.endswith(self.table.derived)
 
+    def stack(self, row: Row | str) -> tuple[int, ...]:
+        """How many there are of a row or module of the table: (), (layers,) or (layers, experts)."""
+        pattern = row if isinstance(row, str) else row.mcore
+        layers = (self.model.num_layers,) if "{i}" in pattern else ()
+        return (*layers, self.model.num_experts or 0) if "{e}" in pattern else layers
+
     def extra_states(self) -> Iterator[str]:
-        """Keys of the `_extra_state` objects that a strict mcore load asks for."""
-        layers = self.model.num_layers
+        """Keys of the `_extra_state` objects that a strict mcore load asks for: `KEY/shard_PLACE_STACK`."""
         for module in self.table.extra_states:
-            if "{i}" not in module:
-                yield f"{module}_extra_state/shard_0_1"
-                continue
-            stacked = module.replace("layers.{i}.", "layers.")
-            yield from (f"{stacked}_extra_state/shard_{i}_{layers}" for i in range(layers))
+            stack = self.stack(module) or (1,)
+            for place in product(*map(range, stack)):
+                yield f"{stacked_key(module)}_extra_state/shard_{_dotted(place)}_{_dotted(stack)}"
 
     def check(self, view: TensorView, *, where: str) -> None:
         """Compare the plan with what is there: names, shapes, and one dtype per (stacked) mcore tensor.
@@ -155,6 +173,10 @@ class Plan:
                         f"{where}: {piece.hf} is {dtype}, but other parts of {packed.key} are {dtypes[packed.key]}; "
                         "fix: store the tensors of one kind in one dtype"
                     )
+
+
+def _dotted(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))
 
 
 def check_bijection(plan: Plan) -> None:

@@ -17,7 +17,7 @@ Pack = Literal["concat", "grouped"]
 
 @dataclass(frozen=True)
 class Hf:
-    """An HF tensor: its name (`{i}` is the layer) and its shape, one letter a dimension (see `dimensions`)."""
+    """An HF tensor: its name (`{i}` the layer, `{e}` the expert) and its shape, a letter a dimension (`dimensions`)."""
 
     name: str
     dims: str
@@ -28,8 +28,8 @@ class Row:
     """One mcore tensor.
 
     Attributes:
-        mcore: canonical checkpoint name; `{i}` is the layer. mcore stores every layer spec under Transformer Engine's
-            names, where a norm belongs to the linear layer behind it.
+        mcore: canonical checkpoint name; `{i}` is the layer, `{e}` the expert. mcore stores every layer spec under
+            Transformer Engine's names, where a norm belongs to the linear layer behind it.
         hf: the HF tensors that it is made of.
         pack: `concat` puts whole tensors one after the other; tensor parallelism cuts each of them. `grouped` takes,
             for each KV group in turn, that group's rows of each tensor; tensor parallelism cuts the packed rows.
@@ -44,6 +44,11 @@ class Row:
     tp: Literal[0, 1] | None = None
     stage: Literal["first", "layer", "last"] = "layer"
     untied_only: bool = False
+
+    @property
+    def experts(self) -> bool:
+        """There is one for every expert of the layer."""
+        return "{e}" in self.mcore
 
     @property
     def vocabulary(self) -> bool:
@@ -91,24 +96,43 @@ _GATED_MLP = (
     ),
     Row(_M + "mlp.linear_fc2.weight", (Hf(_H + "mlp.down_proj.weight", "HF"),), tp=1),
 )
+_QK_NORM = tuple(
+    Row(_M + f"self_attention.{x}_layernorm.weight", (Hf(_H + f"self_attn.{x}_norm.weight", "D"),)) for x in "qk"
+)
+_E, _X = _H + "mlp.experts.{e}.", _M + "mlp.experts.experts.{e}."
+_EXPERTS = (
+    Row(_M + "pre_mlp_layernorm.weight", (Hf(_H + "post_attention_layernorm.weight", "H"),)),
+    Row(_M + "mlp.router.weight", (Hf(_H + "mlp.gate.weight", "EH"),)),
+    Row(_X + "linear_fc1.weight", (Hf(_E + "gate_proj.weight", "XH"), Hf(_E + "up_proj.weight", "XH")), tp=0),
+    Row(_X + "linear_fc2.weight", (Hf(_E + "down_proj.weight", "HX"),), tp=1),
+)
 _EMBEDDING = Row("embedding.word_embeddings.weight", (Hf("model.embed_tokens.weight", "VH"),), tp=0, stage="first")
 _HEAD = (
     Row("decoder.final_layernorm.weight", (Hf("model.norm.weight", "H"),), stage="last"),
     Row("output_layer.weight", (Hf("lm_head.weight", "VH"),), tp=0, stage="last", untied_only=True),
 )
+_ATTENTION_STATES = tuple(
+    _M + f"self_attention.{module}." for module in ("core_attention", "linear_qkv", "linear_proj")
+)
+_MLP_STATES = (_M + "mlp.linear_fc1.", _M + "mlp.linear_fc2.")
+_QK_STATES = tuple(_M + f"self_attention.{x}_layernorm." for x in "qk")
+_EXPERT_STATES = (_M + "pre_mlp_layernorm.", _X + "linear_fc1.", _X + "linear_fc2.")
+_END_STATES = ("decoder.final_layernorm.", "output_layer.")
 
 LLAMA = Arch(
     "LlamaForCausalLM",
     rows=(_EMBEDDING, *_ATTENTION, *_GATED_MLP, *_HEAD),
-    extra_states=(
-        _M + "self_attention.core_attention.",
-        _M + "self_attention.linear_qkv.",
-        _M + "self_attention.linear_proj.",
-        _M + "mlp.linear_fc1.",
-        _M + "mlp.linear_fc2.",
-        "decoder.final_layernorm.",
-        "output_layer.",
-    ),
+    extra_states=(*_ATTENTION_STATES, *_MLP_STATES, *_END_STATES),
+)
+QWEN3 = Arch(
+    "Qwen3ForCausalLM",
+    rows=(_EMBEDDING, *_ATTENTION, *_QK_NORM, *_GATED_MLP, *_HEAD),
+    extra_states=(*_ATTENTION_STATES, *_QK_STATES, *_MLP_STATES, *_END_STATES),
+)
+QWEN3_MOE = Arch(
+    "Qwen3MoeForCausalLM",
+    rows=(_EMBEDDING, *_ATTENTION, *_QK_NORM, *_EXPERTS, *_HEAD),
+    extra_states=(*_ATTENTION_STATES, *_QK_STATES, *_EXPERT_STATES, *_END_STATES),
 )
 
 _REGISTERED: dict[str, Arch] = {}
@@ -129,14 +153,22 @@ def find(name: str) -> Arch:
 
 
 def dimensions(arch: ModelArch) -> Mapping[str, int]:
-    """What the letters of `Hf.dims` stand for: V tokens, H hidden, F MLP width, Q query rows, K key (or value) rows."""
+    """What the letters of `Hf.dims` stand for.
+
+    V tokens, H hidden, F MLP width, Q query rows, K key (or value) rows, D one head, E experts, X an expert's MLP width
+    (E and X are 0 for a dense model, whose table does not use them).
+    """
     return {
         "V": arch.vocab_size,
         "H": arch.hidden_size,
         "F": arch.ffn_hidden_size,
         "Q": arch.num_heads * arch.head_dim,
         "K": arch.num_kv_heads * arch.head_dim,
+        "D": arch.head_dim,
+        "E": arch.num_experts or 0,
+        "X": arch.moe_ffn_hidden_size or 0,
     }
 
 
-register(LLAMA)
+for _arch in (LLAMA, QWEN3, QWEN3_MOE):
+    register(_arch)

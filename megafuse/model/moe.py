@@ -24,8 +24,8 @@ def moe_settings(arch: ModelArch, *, layers: str = "torch") -> dict[str, Any]:
 
     layers: `torch` runs one expert after the other, `te` all of a rank's experts in one grouped product.
 
-    `moe_router_pre_softmax` False is softmax over the chosen experts only. That is `norm_topk_prob`: divide softmax over
-    all experts by its sum over the chosen, and the common denominator cancels.
+    `moe_router_pre_softmax` False is softmax over the chosen experts only. That is `norm_topk_prob`: divide softmax
+    over all experts by its sum over the chosen, and the common denominator cancels.
     """
     if arch.num_experts is None:
         return {}

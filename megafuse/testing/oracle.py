@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import linear, logsigmoid
 
 from megafuse.config.loss import LossConfig
 from megafuse.config.train import TrainConfig
@@ -35,18 +35,64 @@ class OracleStep:
     magnitude: float
 
 
+class ExactRouter(torch.nn.Module):
+    """A top-k router whose softmax stays in the dtype of its input; transformers' own would fall back to fp32."""
+
+    def __init__(self, router: Any) -> None:
+        super().__init__()
+        self.weight, self.top_k, self.normalised = router.weight, router.top_k, router.norm_topk_prob
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [t, experts], weights [t, k] and numbers [t, k] of the chosen experts."""
+        logits = linear(hidden.reshape(-1, hidden.size(-1)), self.weight)
+        weights, chosen = logits.softmax(-1).topk(self.top_k)
+        if self.normalised:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return logits, weights, chosen
+
+
 def double_model(hf_folder: Path) -> Any:
-    """transformers' model with float64 weights AND float64 arithmetic (its own RMSNorm would fall back to fp32)."""
+    """transformers' model with float64 weights AND float64 arithmetic.
+
+    Its own RMSNorm and router softmax would fall back to fp32, and its fast expert products may refuse float64.
+    """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(hf_folder, attn_implementation="sdpa").double()
+    model = AutoModelForCausalLM.from_pretrained(
+        hf_folder, attn_implementation="sdpa", experts_implementation="eager"
+    ).double()
     for name, module in list(model.named_modules()):
+        exact: torch.nn.Module
         if type(module).__name__.endswith("RMSNorm"):
             exact = torch.nn.RMSNorm(module.weight.numel(), eps=module.variance_epsilon, dtype=torch.float64)
             exact.weight = module.weight
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, exact)
+        elif type(module).__name__.endswith("TopKRouter"):
+            exact = ExactRouter(module)
+        else:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, exact)
     return model
+
+
+def hf_gradients(model: Any) -> dict[str, Tensor]:
+    """Gradients by the parameter names of published checkpoints, zeros where there is none.
+
+    A tied output layer has none of its own. transformers 5 keeps all experts of a layer in two tensors, `gate_up_proj`
+    [experts, 2 * width, hidden] and `down_proj` [experts, hidden, width]; on disk there are three for each expert.
+    """
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        layer, fused, kind = name.partition(".mlp.experts.")
+        if not fused:
+            gradients[name] = gradient
+            continue
+        for expert, part in enumerate(gradient):
+            halves = part.chunk(2) if kind == "gate_up_proj" else (part,)
+            for half, proj in zip(halves, ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)):
+                gradients[f"{layer}.mlp.experts.{expert}.{proj}.weight"] = half
+    return gradients
 
 
 def response_logps(model: Any, group: Group) -> Tensor:

@@ -50,12 +50,116 @@ def write_tiny_llama(
         tie_word_embeddings=tied,
         attention_bias=False,
     )
-    generator = torch.Generator().manual_seed(seed)
     model = LlamaForCausalLM(config).float()
+    _randomise(model, torch.Generator().manual_seed(seed))
+    model.save_pretrained(folder)
+    return folder
+
+
+def _randomise(model: Any, generator: Any) -> None:
+    """Vectors 1 + 0.1 N, matrices (and stacks of them) 0.6 N / sqrt(columns)."""
+    import torch
+
     with torch.no_grad():
         for param in model.parameters():
             noise = torch.randn(param.shape, generator=generator)
             param.copy_(1 + 0.1 * noise if param.ndim == 1 else noise * 0.6 / param.shape[-1] ** 0.5)
+
+
+def _qwen3_settings(
+    layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int, vocab: int, tied: bool
+) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": tied,
+    }
+
+
+def write_tiny_qwen3(
+    folder: Path,
+    *,
+    seed: int,
+    layers: int = 4,
+    hidden: int = 48,
+    heads: int = 6,
+    kv_heads: int = 2,
+    head_dim: int = 12,
+    vocab: int = 120,
+    tied: bool = True,
+) -> Path:
+    """A random dense Qwen3 (QK norm, heads wider than hidden / heads) as a Hugging Face folder, fp32.
+
+    Conditioned as `write_tiny_llama`.
+    """
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(**_qwen3_settings(layers, hidden, heads, kv_heads, head_dim, vocab, tied))
+    model = Qwen3ForCausalLM(config).float()
+    _randomise(model, torch.Generator().manual_seed(seed))
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_tiny_qwen3_moe(
+    folder: Path,
+    *,
+    seed: int,
+    layers: int = 4,
+    hidden: int = 48,
+    heads: int = 6,
+    kv_heads: int = 2,
+    head_dim: int = 12,
+    vocab: int = 120,
+    tied: bool = False,
+    experts: int = 8,
+    experts_per_token: int = 2,
+    expert_width: int = 32,
+    norm_topk_prob: bool = True,
+) -> Path:
+    """A random Qwen3-MoE as a Hugging Face folder, fp32, per-expert names on disk as published models have them.
+
+    Conditioned as `write_tiny_llama`, and the choice of experts does not depend on rounding. Between random logits some
+    token of a few thousand always stands within 1e-6 of another choice, whatever their scale. So the first `experts`
+    dimensions of the embedding are a mark: +1 at `experts_per_token` random places, -1 elsewhere, which the layers
+    hardly write to; and every router reads them, in an order of its own. Chosen and other logits are then far apart
+    (> 1), while the probabilities among the chosen still depend on everything.
+    """
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        **_qwen3_settings(layers, hidden, heads, kv_heads, head_dim, vocab, tied),
+        num_experts=experts,
+        num_experts_per_tok=experts_per_token,
+        moe_intermediate_size=expert_width,
+        norm_topk_prob=norm_topk_prob,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    model = Qwen3MoeForCausalLM(config).float()
+    _randomise(model, generator)
+    with torch.no_grad():
+        chosen = torch.rand(vocab, experts, generator=generator).argsort(-1)[:, :experts_per_token]
+        marks = torch.full((vocab, experts), -1.0).scatter(1, chosen, 1.0)
+        model.model.embed_tokens.weight[:, :experts] = marks
+        if tied:  # the marks would make nearly all of every logit
+            model.model.norm.weight[:experts] *= 0.1
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[:experts] *= 0.1
+            layer.mlp.experts.down_proj[:, :experts] *= 0.1
+            order = torch.randperm(experts, generator=generator)
+            router = layer.mlp.gate.weight
+            router.mul_(0.3)
+            router[torch.arange(experts), order] += 2.0
     model.save_pretrained(folder)
     return folder
 
