@@ -72,8 +72,9 @@ def mcore_logits(ckpt: Path, row: torch.Tensor) -> torch.Tensor:
     arch, parallel = read_arch(ckpt), ParallelConfig()
     backend = choose_backend(ModelConfig(path=ckpt, precision="fp32", attention="sdpa"), prefix_sharing=True)
     with process_groups(), layout(parallel) as topology, torch.no_grad():
-        model = build_model(arch, parallel, topology, backend).eval()
-        load_model(model, topology, ckpt)
+        chunks = build_model(arch, parallel, topology, backend)
+        load_model(chunks, topology, ckpt)
+        model = chunks[0].eval()
         positions = torch.arange(row.numel(), device=topology.device)
         model.rotary_pos_emb.positions = positions
         one_segment = torch.zeros(2, row.numel(), dtype=torch.int32, device=topology.device)

@@ -27,16 +27,28 @@ def _metadata(topology: Topology) -> dict[str, Any]:
     }
 
 
-def model_state(model: Any, topology: Topology) -> dict[str, Any]:
-    """Sharded state dict of a bare model; keys are mcore's canonical names."""
-    return model.sharded_state_dict(metadata=_metadata(topology))
+def model_state(model: list[Any], topology: Topology) -> dict[str, Any]:
+    """Sharded state dicts of bare model chunks: {`model`: ...}, or `model0`, `model1` ... of a virtual pipeline.
+
+    These keys are local; what is stored goes by the tensors' own keys, mcore's canonical names.
+    """
+    return {name: chunk.sharded_state_dict(metadata=_metadata(topology)) for name, chunk in _named(model)}
+
+
+def _named(model: list[Any]) -> list[tuple[str, Any]]:
+    return [("model" if len(model) == 1 else f"model{i}", chunk) for i, chunk in enumerate(model)]
+
+
+def _load_chunks(model: list[Any], loaded: dict[str, Any]) -> None:
+    for name, chunk in _named(model):
+        chunk.load_state_dict(loaded[name], strict=True)
 
 
 def run_state(engine: Engine, topology: Topology, *, optimizer: bool, loading: bool) -> dict[str, Any]:
     """Model, and with `optimizer` also optimizer, schedule and RNG, ready for dist_checkpointing."""
     metadata = _metadata(topology)
     model = model_state(engine.bare, topology)
-    state: dict[str, Any] = {"model": model}
+    state: dict[str, Any] = dict(model)
     state["content_metadata"] = {k: v for k, v in metadata.items() if k != "dp_cp_group"}
     if optimizer:
         fill_empty_state(engine.optimizer)
@@ -52,11 +64,12 @@ def save_state(state: dict[str, Any], folder: Path) -> None:
     dist_checkpointing.save(state, str(folder), get_default_save_sharded_strategy())
 
 
-def load_model(model: Any, topology: Topology, folder: Path) -> None:
+def load_model(model: list[Any], topology: Topology, folder: Path) -> None:
     """Load weights only, from an imported checkpoint or a training checkpoint of any layout. Collective."""
-    state = {"model": model_state(model, topology)}
-    loaded = dist_checkpointing.load(state, str(folder), get_default_load_sharded_strategy(str(folder)))
-    model.load_state_dict(loaded["model"], strict=True)
+    loaded = dist_checkpointing.load(
+        model_state(model, topology), str(folder), get_default_load_sharded_strategy(str(folder))
+    )
+    _load_chunks(model, loaded)
 
 
 def load_run(engine: Engine, topology: Topology, folder: Path, *, same_layout: bool) -> None:
@@ -65,7 +78,7 @@ def load_run(engine: Engine, topology: Topology, folder: Path, *, same_layout: b
     if not same_layout:
         state.pop("rng")
     loaded = dist_checkpointing.load(state, str(folder), get_default_load_sharded_strategy(str(folder)))
-    engine.bare.load_state_dict(loaded["model"], strict=True)
+    _load_chunks(engine.bare, loaded)
     keep_step_while_loading(engine.optimizer)
     engine.optimizer.load_state_dict(loaded["optimizer"])
     unshare_steps(engine.optimizer)

@@ -15,15 +15,48 @@ class ParallelConfig(Config):
     tensor: int = Field(1, ge=1)
     """Tensor-parallel ranks: divides attention heads, KV heads, and the MLP width."""
     pipeline: int = Field(1, ge=1)
-    """Pipeline stages: divides the number of layers."""
+    """Pipeline stages. Without the two settings below they divide the number of layers."""
+    virtual_pipeline: int = Field(1, ge=1)
+    """Model chunks a pipeline stage (interleaved schedule): divides the layers of a stage. Needs pipeline > 1."""
+    first_stage_layers: int | None = Field(None, ge=1)
+    """Layers of the first stage, which also holds the embedding; the other stages share the rest evenly."""
+    last_stage_layers: int | None = Field(None, ge=1)
+    """Layers of the last stage, which also holds the LM head."""
+    context: int = Field(1, ge=1)
+    """Context-parallel ranks: each computes a balanced part of every row's tokens."""
+    expert: int = Field(1, ge=1)
+    """Expert-parallel ranks (MoE): divides the experts, and the data-parallel x context-parallel ranks."""
     sequence: bool = False
     """Sequence parallelism: norms and residuals split over the tensor-parallel ranks (needs tensor > 1)."""
 
     @model_validator(mode="after")
-    def _sequence_needs_tensor(self) -> "ParallelConfig":
+    def _consistent(self) -> "ParallelConfig":
         if self.sequence and self.tensor == 1:
             raise ValueError("parallel.sequence = true needs parallel.tensor > 1, got tensor = 1")
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError(f"parallel.virtual_pipeline = {self.virtual_pipeline} needs parallel.pipeline > 1, got 1")
+        uneven = self.first_stage_layers is not None or self.last_stage_layers is not None
+        if uneven and self.pipeline == 1:
+            raise ValueError("parallel.first_stage_layers / last_stage_layers need parallel.pipeline > 1, got 1")
         return self
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that one replica of the model takes."""
+        return self.tensor * self.pipeline * self.context
+
+
+class OverlapConfig(Config):
+    """Communication behind computation. Unset: what `parallel.policy` says for the backend and the layout."""
+
+    grad_reduce: bool | None = None
+    """Reduce a bucket's gradients over data-parallel ranks while backward goes on."""
+    param_gather: bool | None = None
+    """Gather the distributed optimizer's parameters while forward goes on (needs grad_reduce)."""
+    p2p: bool | None = None
+    """Send and receive between pipeline stages beside computation (the interleaved schedule only)."""
+    tensor: bool | None = None
+    """Transformer Engine's user buffers under tensor + sequence parallel linears. Rows get one fixed length."""
 
 
 class ModelConfig(Config):
@@ -33,8 +66,9 @@ class ModelConfig(Config):
     """Checkpoint folder written by `megafuse convert import` or by a training run."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Parameters and activations; the optimizer always keeps fp32 master weights."""
-    attention: Literal["auto", "sdpa", "te"] = "auto"
-    """Core attention: `sdpa` anywhere, `te` (Transformer Engine, CUDA, no prefix sharing). `auto` picks sdpa."""
+    attention: Literal["auto", "flex", "sdpa", "te"] = "auto"
+    """Core attention: `sdpa` anywhere; `flex` (FlexAttention, CUDA); `te` (Transformer Engine, CUDA, neither prefix
+    sharing nor context parallelism). `auto`: flex on CUDA, sdpa elsewhere."""
     layers: Literal["auto", "torch", "te"] = "auto"
     """Norms and linear layers: `te` where Transformer Engine is usable on CUDA, else mcore's own (`torch`)."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -47,7 +81,10 @@ class DataConfig(Config):
     dataset: Path
     """Folder written by `megafuse build`."""
     max_row_tokens: int = Field(8192, ge=8)
-    """Tokens a packed row (one micro-batch) may hold. A group longer than this is refused."""
+    """Tokens that groups are packed into a row (one micro-batch) up to."""
+    max_group_tokens: int | None = Field(None, ge=8)
+    """A longer group is refused. Up to here a group above max_row_tokens makes the rows of its step that long.
+    None: 4 x max_row_tokens."""
     prefix_sharing: bool = True
     """Compute a prompt once for all of its responses (exact). Off: every response carries its own copy."""
 
@@ -118,6 +155,7 @@ class TrainConfig(Config):
     loss: LossConfig
     optim: OptimConfig
     parallel: ParallelConfig = ParallelConfig()
+    overlap: OverlapConfig = OverlapConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     reference: ReferenceConfig = ReferenceConfig()
     observe: ObserveConfig = ObserveConfig()

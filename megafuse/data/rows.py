@@ -5,12 +5,14 @@ The plan is the same on every rank, so every rank knows the exact denominator of
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from math import lcm
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megafuse.config.train import ParallelConfig
 from megafuse.data.dataset import GroupDataset
 from megafuse.data.types import Group
 from megafuse.errors import ConfigError, DataError
@@ -27,7 +29,7 @@ class Row:
 
     tokens: Tensor  # [1, t] int64
     positions: Tensor  # [t] int64, restarting at each sequence (after the prompt where prefixes are shared)
-    layout: Tensor  # [2, t] int32: segment and parent of each token, -1 pads
+    layout: Tensor  # [2, t] int32: segment and parent of each place, -1 pads; [3, t] with owners, see data.shard
     targets: Tensor  # [r] int64: response tokens
     target_rows: Tensor  # [r] int64: the place that predicts each of them
     target_response: Tensor  # [r] int64 in [0, n)
@@ -59,7 +61,7 @@ class BatchPlan:
     """Rows of one optimizer step: `rows[rank][i]` are the groups of that rank's i-th micro-batch."""
 
     rows: tuple[tuple[np.ndarray, ...], ...]
-    row_tokens: int  # every row of the step is padded to this, so that pipeline stages exchange one shape
+    lengths: tuple[tuple[int, ...], ...]  # places of each row, padding included
     groups: int
     useful_tokens: int  # prompts once, and responses
     model_tokens: int  # what the layers compute, padding excluded
@@ -69,7 +71,25 @@ class BatchPlan:
     @property
     def computed_tokens(self) -> int:
         """Places of all rows of the step, padding included."""
-        return self.row_tokens * sum(len(rank) for rank in self.rows)
+        return sum(map(sum, self.lengths))
+
+
+RowLengths = Literal["own", "stage", "padded", "fixed"]
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """What the layout asks of the rows of a step."""
+
+    dp_size: int = 1
+    multiple: int = 1
+    """Row lengths are rounded up to it: sequence and context parallelism cut a row into equal parts."""
+    count_multiple: int = 1
+    """Rows a rank are made a multiple of it: the interleaved schedule takes micro-batches in turns of the stages."""
+    lengths: RowLengths = "own"
+    """own: each row is as long as its groups. padded: the rows of a rank get the length of its longest. stage: pipeline
+    stages exchange tensors, and learning each one's shape costs a message, so padded, unless that wastes more than 2%.
+    fixed: always the longest that is allowed."""
 
 
 class RowPlanner:
@@ -82,17 +102,20 @@ class RowPlanner:
         *,
         max_row_tokens: int,
         prefix_sharing: bool,
-        dp_size: int,
-        multiple: int = 1,
+        max_group_tokens: int | None = None,
+        shape: RowShape = RowShape(),
     ) -> None:
-        """multiple: row lengths are rounded up to it (sequence parallelism cuts a row into equal parts).
+        """Groups up to `max_group_tokens` (None: `max_row_tokens`) are packed; one above `max_row_tokens` makes the
+        rows of its step as long as it needs.
 
         Raises:
-            DataError: when a group is longer than a row.
+            DataError: when a group is longer than that.
         """
         flat, offsets = data.response_lengths
         lengths = (data.prompt_lengths, flat, offsets)
-        self.dp_size, self.multiple, self.budget = dp_size, multiple, max_row_tokens // multiple * multiple
+        self.shape = shape
+        self.budget = max_row_tokens // shape.multiple * shape.multiple
+        limit = max(max_group_tokens or max_row_tokens, max_row_tokens) // shape.multiple * shape.multiple
         self.useful = data.group_lengths
         self.tokens = group_tokens(*lengths, prefix_sharing=prefix_sharing)
         self.pairs = group_cost(*lengths, linear_cost=0.0, attention_cost=1.0, prefix_sharing=prefix_sharing)
@@ -100,21 +123,54 @@ class RowPlanner:
         # a shared prompt's last place predicts the first token of every response: one row of logits for all
         shared = np.diff(offsets) - 1 if prefix_sharing else 0
         self.head_rows = self.useful - data.prompt_lengths - shared
-        if len(self.tokens) and self.tokens.max() > self.budget:
+        if self.budget == 0:
+            raise ConfigError(
+                f"data.max_row_tokens = {max_row_tokens} is less than one place for each of the {shape.multiple} parts "
+                f"that the layout cuts a row into; raise it, or lower parallel.context or parallel.tensor"
+            )
+        if len(self.tokens) and self.tokens.max() > limit:
             worst = int(self.tokens.argmax())
             raise DataError(
                 f"group {worst} (prompt_id {data[worst].prompt_id!r}) needs {self.tokens[worst]} tokens in one row, "
-                f"data.max_row_tokens allows {self.budget}; raise it, or build the data set with fewer or shorter "
+                f"data.max_group_tokens allows {limit}; raise it, or build the data set with fewer or shorter "
                 f"responses a prompt" + ("" if prefix_sharing else ", or set data.prefix_sharing = true")
             )
 
     def plan(self, groups: np.ndarray) -> BatchPlan:
         """Rows of one global batch `groups` [b] (positions in the data set)."""
-        packed = pack_batch(self.tokens[groups], self.cost[groups], self.budget, self.dp_size)
-        rows = tuple(tuple(groups[row] for row in rank) for rank in packed)
-        longest = max((int(self.tokens[row].sum()) for rank in rows for row in rank if len(row)), default=1)
+        longest = int(self.tokens[groups].max(initial=1))
+        budget = max(self.budget, self._round(longest))
+        packed = pack_batch(self.tokens[groups], self.cost[groups], budget, self.shape.dp_size)
+        count = -(-len(packed[0]) // self.shape.count_multiple) * self.shape.count_multiple
+        rows = tuple(tuple(groups[row] for row in self._split(list(rank), groups, count)) for rank in packed)
         totals = (int(x[groups].sum()) for x in (self.useful, self.tokens, self.head_rows, self.pairs))
-        return BatchPlan(rows, -(-longest // self.multiple) * self.multiple, len(groups), *totals)
+        return BatchPlan(rows, tuple(self._lengths(rank, budget) for rank in rows), len(groups), *totals)
+
+    def _round(self, tokens: int) -> int:
+        return -(-max(tokens, 1) // self.shape.multiple) * self.shape.multiple
+
+    def _lengths(self, rank: tuple[np.ndarray, ...], budget: int) -> tuple[int, ...]:
+        own = [self._round(int(self.tokens[row].sum())) for row in rank]
+        if self.shape.lengths == "fixed":
+            return (budget,) * len(own)
+        padded = (max(own),) * len(own)
+        wasteful = sum(padded) > 1.02 * sum(own)
+        return tuple(own) if self.shape.lengths == "own" or (self.shape.lengths == "stage" and wasteful) else padded
+
+    def _split(self, rank: list[np.ndarray], groups: np.ndarray, count: int) -> list[np.ndarray]:
+        """`rank` with its longest rows halved until there are `count`; empty rows where no row can be halved."""
+        tokens = self.tokens[groups]
+        while len(rank) < count:
+            split = [i for i, row in enumerate(rank) if len(row) > 1]
+            if not split:
+                rank.append(np.zeros(0, np.int64))
+                continue
+            row = rank.pop(max(split, key=lambda i: (int(tokens[rank[i]].sum()), -i)))
+            halves: tuple[list[int], list[int]] = ([], [])
+            for g in sorted(row.tolist(), key=lambda g: (-int(tokens[g]), g)):
+                min(halves, key=lambda half: int(tokens[half].sum())).append(g)
+            rank += [np.array(sorted(half), np.int64) for half in halves]
+        return rank
 
 
 def check_vocabulary(data: GroupDataset, arch: ModelArch) -> None:
@@ -130,15 +186,31 @@ def check_vocabulary(data: GroupDataset, arch: ModelArch) -> None:
         )
 
 
-def row_planner(config: Any, data: GroupDataset, arch: ModelArch, topology: Topology) -> RowPlanner:
+def row_shape(parallel: ParallelConfig, dp_size: int, backend: Any) -> RowShape:
+    """What the layout and the backend (model.build.Backend) ask of the rows of a step."""
+    lengths: RowLengths = "own" if parallel.pipeline == 1 else "stage"
+    tile = 128 if backend.attention == "flex" else 1  # the kernel's: no ragged edges, few shapes to compile
+    if parallel.virtual_pipeline > 1:
+        lengths = "padded"  # mcore's interleaved schedule cannot tell whose shape is whose between two stages
+    if backend.policy.tp_comm_overlap:
+        lengths = "fixed"
+    return RowShape(
+        dp_size=dp_size,
+        multiple=parallel.context * lcm(parallel.tensor if parallel.sequence else 1, tile),
+        count_multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
+        lengths=lengths,
+    )
+
+
+def row_planner(config: Any, data: GroupDataset, arch: ModelArch, topology: Topology, backend: Any) -> RowPlanner:
     """The planner of a run: `config` has `data` (DataConfig) and `parallel` (ParallelConfig)."""
     return RowPlanner(
         data,
         arch,
         max_row_tokens=config.data.max_row_tokens,
+        max_group_tokens=config.data.max_group_tokens or 4 * config.data.max_row_tokens,
         prefix_sharing=config.data.prefix_sharing,
-        dp_size=topology.dp_size,
-        multiple=config.parallel.tensor if config.parallel.sequence else 1,
+        shape=row_shape(config.parallel, topology.dp_size, backend),
     )
 
 

@@ -1,17 +1,24 @@
-"""Core attention over packed rows: torch's scaled_dot_product_attention, one call a block of the row.
+"""Core attention over packed rows, with whatever structure the row names.
 
-A row is described by two int32 vectors: `segment[t]` and `parent[t]` (-1 pads). A query sees the keys at or before its
-own place that belong to its own segment, and all keys of its parent segment. So a prompt is a segment that is its own
-parent, a response that shares it names it as parent, and an unshared sequence is its own parent. Tokens of one parent
-stand together (a block): attention never crosses blocks, so the cost is the sum of squares of blocks, not of the row.
+A row is described by int32 vectors over its places: `segment` and `parent` (-1 pads), and under context parallelism
+`owner`, the rank that computes the place. A query sees the keys at or before its own place that belong to its own
+segment, and all keys of its parent segment. So a prompt is a segment that is its own parent, a response that shares it
+names it as parent, and an unshared sequence is its own parent. Tokens of one parent stand together (a block):
+attention never crosses blocks, so the cost is the sum of squares of blocks, not of the row.
+
+Context parallelism gathers keys and values of the whole row; each rank computes the queries that it owns. Two kernels
+give the same numbers: `sdpa` here, one call a block, and `flex` in `megafuse.model.flex`.
 """
 
+import functools
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -19,55 +26,124 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 @dataclass(frozen=True)
 class Block:
-    """Tokens [start, stop) of a row that attend to each other; `mask` [1, 1, l, l] bool, None where plainly causal."""
+    """Keys [start, stop) of a row and this rank's queries [first, last) among them, counted over its own places.
+
+    `mask` [1, 1, queries, keys] bool, None where plainly causal.
+    """
 
     start: int
     stop: int
+    first: int
+    last: int
     mask: Tensor | None
 
 
-def visible(segment: Tensor, parent: Tensor) -> Tensor:
-    """Which key each query sees. segment, parent: [t] int -> [t, t] bool (query, key)."""
+@dataclass(frozen=True)
+class RowView:
+    """What a rank needs to know of a row: the kernel's `mask`, and where its places and the gathered keys belong."""
+
+    mask: Any
+    restore: Tensor | None  # [t] int64: gathered[restore] is in the order of the row; None without context parallelism
+
+
+Mask = Callable[[Tensor, Tensor, Tensor], Any]  # (segment [t], parent [t], places [q] int64) -> the kernel's mask
+Attend = Callable[..., Tensor]  # (q [1, h, q, d], k, v [1, g, t, d], mask, scale) -> [1, h, q, d], zeros at padding
+
+
+def visible(segment: Tensor, parent: Tensor, places: Tensor | None = None) -> Tensor:
+    """Which key each query sees. segment, parent: [t] int, places: [q] (None: all) -> [q, t] bool."""
     order = torch.arange(segment.numel(), device=segment.device)
-    causal = order[:, None] >= order[None, :]
-    same = segment[:, None] == segment[None, :]
-    shared = parent[:, None] == segment[None, :]
-    return causal & (same | shared) & (segment >= 0)[:, None]
+    places = order if places is None else places
+    causal = places[:, None] >= order[None, :]
+    same = segment[places, None] == segment[None, :]
+    shared = parent[places, None] == segment[None, :]
+    return causal & (same | shared) & (segment[places] >= 0)[:, None]
 
 
-def row_blocks(layout: Tensor) -> list[Block]:
-    """Blocks of a row from its [2, t] int32 layout (segment, parent). Padding at the end belongs to no block."""
-    segment, parent = layout.cpu()
-    starts = [0, *((parent[1:] != parent[:-1]).nonzero().flatten() + 1).tolist(), parent.numel()]
+def sdpa_blocks(segment: Tensor, parent: Tensor, places: Tensor) -> list[Block]:
+    """The blocks of a row that hold queries of `places` (rising). Padding at the end belongs to no block.
+
+    Raises ValueError where padding stands before a block.
+    """
+    seg, par, own = segment.cpu(), parent.cpu(), places.cpu()
+    starts = [0, *((par[1:] != par[:-1]).nonzero().flatten() + 1).tolist(), par.numel()]
+    firsts = torch.searchsorted(own, torch.tensor(starts)).tolist()
+    whole = own.numel() == par.numel()
     blocks = []
-    for start, stop in pairwise(starts):
-        if start == stop or parent[start] < 0:
+    for (start, stop), (first, last) in zip(pairwise(starts), pairwise(firsts)):
+        if start == stop or par[start] < 0:
             continue
-        shared = bool((segment[start:stop] != parent[start:stop]).any())
-        piece = layout[:, start:stop]
-        blocks.append(Block(start, stop, visible(piece[0], piece[1])[None, None] if shared else None))
+        if int((par[:start] < 0).sum()):
+            raise ValueError(f"row layout has padding before token {start}")
+        shared = bool((seg[start:stop] != par[start:stop]).any())
+        mask = None
+        if shared or not whole:
+            mask = visible(segment[start:stop], parent[start:stop], places[first:last] - start)[None, None]
+        if first < last:
+            blocks.append(Block(start, stop, first, last, mask))
     return blocks
 
 
-class BlockCache:
-    """Blocks of the rows in flight, so that a mask is built once a row and not once a layer.
+def sdpa_attend(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block], scale: float) -> Tensor:
+    """torch's scaled_dot_product_attention, one call a block."""
+    outputs = [
+        scaled_dot_product_attention(
+            q[:, :, block.first : block.last],
+            k[:, :, block.start : block.stop],
+            v[:, :, block.start : block.stop],
+            attn_mask=block.mask,
+            is_causal=block.mask is None,
+            scale=scale,
+            enable_gqa=q.size(1) != k.size(1),
+        )
+        for block in blocks
+    ]
+    # a row without queries still has to carry a gradient path, or the other ranks would wait for its share of it
+    out = torch.cat(outputs, dim=2) if outputs else q[:, :, :0] + k[:, :1, :0].sum() + v[:, :1, :0].sum()
+    return pad(out, (0, 0, 0, q.size(2) - out.size(2)))
+
+
+class RowCache:
+    """Views of the rows in flight, so that a mask is built once a row and not once a layer.
 
     Keyed by the address of the layout tensor. The entry keeps that tensor alive, so the address cannot be given to
     another row while the entry stands; recomputation in backward sees a detached alias of the same storage.
     """
 
-    def __init__(self, capacity: int = 64) -> None:
-        self._capacity = capacity
-        self._entries: OrderedDict[int, tuple[Tensor, list[Block]]] = OrderedDict()
+    def __init__(self, mask: Mask, capacity: int = 64) -> None:
+        self._mask, self._capacity = mask, capacity
+        self._entries: OrderedDict[int, tuple[Tensor, RowView]] = OrderedDict()
 
-    def get(self, layout: Tensor) -> list[Block]:
-        """Blocks of the row that `layout` [2, t] describes."""
+    def get(self, layout: Tensor, rank: int) -> RowView:
+        """The view that context-parallel `rank` has of the row described by `layout` [2 or 3, t]."""
         key = layout.data_ptr()
         if key not in self._entries:
-            self._entries[key] = (layout, row_blocks(layout))
+            self._entries[key] = (layout, self._view(layout, rank))
             if len(self._entries) > self._capacity:
                 self._entries.popitem(last=False)
         return self._entries[key][1]
+
+    def _view(self, layout: Tensor, rank: int) -> RowView:
+        segment, parent = layout[0], layout[1]
+        if layout.size(0) == 2:
+            return RowView(self._mask(segment, parent, torch.arange(segment.numel(), device=layout.device)), None)
+        dealt = torch.argsort(layout[2], stable=True)  # ranks hand in their places one after the other
+        places = (layout[2] == rank).nonzero().flatten()
+        return RowView(self._mask(segment, parent, places), torch.argsort(dealt))
+
+
+def core_attention(name: str) -> Any | None:
+    """Core attention whose row cache all layers of a chunk share; None for Transformer Engine's own.
+
+    name: `sdpa`, `flex` or `te`.
+    """
+    if name == "te":
+        return None
+    if name == "flex":
+        from megafuse.model.flex import flex_attend, flex_mask
+
+        return functools.partial(RowAttention, rows=RowCache(flex_mask), attend=flex_attend)
+    return functools.partial(RowAttention, rows=RowCache(sdpa_blocks), attend=sdpa_attend)
 
 
 class RowAttention(MegatronModule):
@@ -79,7 +155,8 @@ class RowAttention(MegatronModule):
         layer_number: int,
         attn_mask_type: Any,
         attention_type: str,
-        blocks: BlockCache,
+        rows: RowCache,
+        attend: Attend,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
@@ -87,41 +164,27 @@ class RowAttention(MegatronModule):
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        self.blocks = blocks
+        self.rows, self.attend = rows, attend
         self.scale = softmax_scale or config.kv_channels**-0.5
+        self.cp = getattr(pg_collection, "cp", None)
 
     def forward(
         self,
-        query: Tensor,  # [t, 1, h, d]
-        key: Tensor,  # [t, 1, g, d]
-        value: Tensor,  # [t, 1, g, d]
-        attention_mask: Tensor,  # [2, t] int32: the row's layout
+        query: Tensor,  # [t / cp, 1, h, d]
+        key: Tensor,  # [t / cp, 1, g, d]
+        value: Tensor,  # [t / cp, 1, g, d]
+        attention_mask: Tensor,  # [2, t] or, with owners, [3, t] int32: the row's layout
         attn_mask_type: Any = None,
         attention_bias: Any = None,
         packed_seq_params: Any = None,
         **_: Any,
     ) -> Tensor:
-        """Attend inside each block of the row. Returns [t, 1, h * d]; padding comes out as zeros."""
+        """Attend as the row says. Returns [t / cp, 1, h * d]; padding comes out as zeros."""
+        parallel = attention_mask.size(0) == 3
+        view = self.rows.get(attention_mask, self.cp.rank() if parallel and self.cp is not None else 0)
+        if view.restore is not None:
+            both = gather_from_sequence_parallel_region(torch.cat((key, value), dim=-1), group=self.cp)
+            key, value = both[view.restore].chunk(2, dim=-1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [1, heads, t, d]
-        grouped = q.size(1) != k.size(1)
-        outputs, done = [], 0
-        for block in self.blocks.get(attention_mask):
-            if block.start > done:
-                raise ValueError(f"row layout has padding before token {block.start}")
-            part = slice(block.start, block.stop)
-            outputs.append(
-                scaled_dot_product_attention(
-                    q[:, :, part],
-                    k[:, :, part],
-                    v[:, :, part],
-                    attn_mask=block.mask,
-                    is_causal=block.mask is None,
-                    scale=self.scale,
-                    enable_gqa=grouped,
-                )
-            )
-            done = block.stop
-        # an empty row still has to carry a gradient path to its queries, or pipeline stages would wait for it
-        out = torch.cat(outputs, dim=2) if outputs else q[:, :, :0]
-        out = pad(out, (0, 0, 0, q.size(2) - done))
+        out = self.attend(q, k, v, view.mask, self.scale)
         return out.permute(2, 0, 1, 3).reshape(q.size(2), 1, -1)

@@ -1,47 +1,74 @@
 """From a ModelArch and a layout to this rank's part of the model."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import silu
 
-from megafuse.config.train import ModelConfig, ParallelConfig
+from megafuse.config.train import ModelConfig, OverlapConfig, ParallelConfig
 from megafuse.errors import ConfigError
 from megafuse.model.arch import ModelArch
+from megafuse.parallel.policy import Policy, resolve_policy
 from megafuse.parallel.topology import Topology
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DDP_SWITCHES = ("overlap_grad_reduce", "overlap_param_gather")  # the rest of a Policy is the model's
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What computes the layers; chosen once, here, and printed once."""
+    """What computes the layers and how communication overlaps it; chosen once, here, and printed once."""
 
     layers: str  # torch | te
-    attention: str  # sdpa | te
+    attention: str  # sdpa | flex | te
     precision: str  # bf16 | fp32
+    policy: Policy
 
     def __str__(self) -> str:
-        return f"layers {self.layers}, attention {self.attention}, {self.precision}"
+        return f"layers {self.layers}, attention {self.attention}, {self.precision}, {self.policy}"
 
 
-def choose_backend(config: ModelConfig, *, prefix_sharing: bool) -> Backend:
+def choose_backend(
+    config: ModelConfig,
+    parallel: ParallelConfig | None = None,
+    *,
+    prefix_sharing: bool,
+    overlap: OverlapConfig | None = None,
+    distributed_optimizer: bool = False,
+) -> Backend:
     """Resolve `auto` by what is installed and usable.
 
     Raises:
-        ConfigError: when Transformer Engine is asked for and not usable, or asked to attend over shared prefixes.
+        ConfigError: a backend that is not usable, that cannot do what the data or the layout ask for, or an overlap
+            that the layout cannot have; naming what it needs.
     """
-    usable = te_usable()
+    parallel = parallel or ParallelConfig()
+    cuda, usable = torch.cuda.is_available(), te_usable()
     if "te" in (config.layers, config.attention) and not usable:
         raise ConfigError(
             "model.layers/model.attention = 'te' needs CUDA and an importable Transformer Engine; "
             "run `megafuse doctor`, or use 'auto'"
         )
     if config.attention == "te" and prefix_sharing:
-        raise ConfigError("model.attention = 'te' cannot share prefixes; set data.prefix_sharing = false or use 'sdpa'")
+        raise ConfigError("model.attention = 'te' cannot share prefixes; set data.prefix_sharing = false or use 'auto'")
+    if config.attention == "te" and parallel.context > 1:
+        raise ConfigError(
+            f"model.attention = 'te' cannot attend over rows dealt to parallel.context = {parallel.context} ranks; "
+            f"use 'auto', or parallel.context = 1"
+        )
+    if config.attention == "flex" and not cuda:
+        raise ConfigError("model.attention = 'flex' trains on CUDA only; use 'sdpa' or 'auto'")
     layers = "te" if config.layers == "te" or (config.layers == "auto" and usable) else "torch"
-    return Backend(layers, "te" if config.attention == "te" else "sdpa", config.precision)
+    attention = config.attention if config.attention != "auto" else "flex" if cuda else "sdpa"
+    policy = resolve_policy(
+        overlap or OverlapConfig(),
+        parallel,
+        backend="nccl" if cuda else "gloo",
+        distributed_optimizer=distributed_optimizer,
+        te_layers=layers == "te",
+    )
+    return Backend(layers, attention, config.precision, policy)
 
 
 def te_usable() -> bool:
@@ -55,32 +82,15 @@ def te_usable() -> bool:
     return True
 
 
-def check_divides(arch: ModelArch, parallel: ParallelConfig) -> None:
-    """Refuse a layout that the architecture cannot be cut into.
-
-    Raises:
-        ConfigError: naming the number, and by what it does not divide.
-    """
-    for name, size, ways, key in (
-        ("attention heads", arch.num_heads, parallel.tensor, "tensor"),
-        ("KV heads", arch.num_kv_heads, parallel.tensor, "tensor"),
-        ("MLP width", arch.ffn_hidden_size, parallel.tensor, "tensor"),
-        ("layers", arch.num_layers, parallel.pipeline, "pipeline"),
-    ):
-        if size % ways:
-            divisors = [d for d in range(1, size + 1) if size % d == 0 and d <= 64]
-            raise ConfigError(
-                f"{name} = {size} is not divisible by parallel.{key} = {ways}; "
-                f"parallel.{key} may be one of {', '.join(map(str, divisors))}"
-            )
-
-
 def transformer_config(arch: ModelArch, parallel: ParallelConfig, backend: Backend, recompute: str) -> Any:
     """mcore's TransformerConfig of `arch` at this layout."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from megafuse.model.moe import moe_settings
+
     cuda = torch.cuda.is_available()
     dtype = DTYPES[backend.precision]
+    policy = {k: v for k, v in asdict(backend.policy).items() if k not in DDP_SWITCHES}
     recomputation: dict[str, Any] = {}
     if recompute == "full":
         recomputation = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -102,6 +112,11 @@ def transformer_config(arch: ModelArch, parallel: ParallelConfig, backend: Backe
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
+        num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
         sequence_parallel=parallel.sequence,
         # weights always come from a checkpoint; without initialisation mcore would not mark the sharded dimensions
         perform_initialization=True,
@@ -119,37 +134,44 @@ def transformer_config(arch: ModelArch, parallel: ParallelConfig, backend: Backe
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
-        deallocate_pipeline_outputs=cuda,  # gloo still reads the buffer after the send has returned
+        qk_layernorm=arch.qk_norm,
+        **moe_settings(arch, layers=backend.layers),
+        **policy,
         **recomputation,
     )
 
 
 def build_model(
     arch: ModelArch, parallel: ParallelConfig, topology: Topology, backend: Backend, *, recompute: str = "none"
-) -> Any:
-    """This rank's pipeline stage, weights not yet loaded.
+) -> list[Any]:
+    """This rank's part of the model, weights not yet loaded: one FusionGPT, or one a chunk of a virtual pipeline.
 
-    Must run inside `parallel.topology.layout`. Raises ConfigError when the architecture does not divide.
+    Must run inside `parallel.topology.layout`, on a layout that `parallel.layouts.check_layout` has let pass.
     """
     from megafuse.model.gpt import FusionGPT
     from megafuse.model.rope import RowRotary
     from megafuse.model.spec import block_spec
 
-    check_divides(arch, parallel)
     config = transformer_config(arch, parallel, backend, recompute)
-    tp = parallel.tensor
-    model = FusionGPT(
-        config,
-        block_spec(config, layers=backend.layers, attention=backend.attention),
-        vocab_size=-(-arch.vocab_size // tp) * tp,  # padded rows exist only in memory: masked in the softmax
-        max_sequence_length=arch.max_position_embeddings,
-        pre_process=topology.is_first_stage,
-        post_process=topology.is_last_stage,
-        share_embeddings_and_output_weights=arch.tie_word_embeddings,
-        position_embedding_type="rope",
-        pg_collection=topology.groups,
-        rotary=RowRotary(arch, topology.device),
-        attention=backend.attention,
-        true_vocab_size=arch.vocab_size,
-    )
-    return model.to(topology.device)
+    rotary = RowRotary(arch, topology.device)
+    tp, chunks = parallel.tensor, parallel.virtual_pipeline
+    parts = []
+    for chunk in range(chunks):
+        stage = chunk if chunks > 1 else None
+        model = FusionGPT(
+            config,
+            block_spec(config, layers=backend.layers, attention=backend.attention, vp_stage=stage),
+            vocab_size=-(-arch.vocab_size // tp) * tp,  # padded rows exist only in memory: masked in the softmax
+            max_sequence_length=arch.max_position_embeddings,
+            pre_process=topology.is_first_stage and chunk == 0,
+            post_process=topology.is_last_stage and chunk == chunks - 1,
+            share_embeddings_and_output_weights=arch.tie_word_embeddings,
+            position_embedding_type="rope",
+            pg_collection=topology.groups,
+            rotary=rotary,
+            attention=backend.attention,
+            true_vocab_size=arch.vocab_size,
+            vp_stage=stage,
+        )
+        parts.append(model.to(topology.device))
+    return parts

@@ -12,7 +12,7 @@ from megafuse.model.rope import RowRotary
 
 
 class FusionGPT(GPTModel):
-    """A pipeline stage of the target model.
+    """A pipeline stage of the target model, or one of its chunks.
 
     Differences from `GPTModel`: RoPE angles follow the row's positions, `attention_mask` carries the row's layout, and
     the LM head runs on the rows that predict a response token instead of on every position.
@@ -23,16 +23,19 @@ class FusionGPT(GPTModel):
         self.rotary_pos_emb = rotary
         self.attention = attention
         self.true_vocab_size = true_vocab_size
+        if self.post_process:
+            # the module keeps its weight, its name and the hooks that gather parameters; what it computes is ours
+            self.output_layer.forward = self._logprobs
 
     def forward(
         self,
-        tokens: Tensor,  # [1, t] int64
-        positions: Tensor,  # [t] int64
-        layout: Tensor,  # [2, t] int32: segment and parent of each token, -1 pads
-        targets: Tensor,  # [n] int64: response tokens
-        target_rows: Tensor,  # [n] int64: the place in the row whose hidden state predicts each target
+        tokens: Tensor,  # [1, t / cp] int64
+        positions: Tensor,  # [t / cp] int64
+        layout: Tensor,  # [2 or 3, t] int32: segment and parent of each place, -1 pads; under CP also its owner
+        targets: Tensor,  # [n] int64: response tokens that this rank's places predict
+        target_rows: Tensor,  # [n] int64: the place among this rank's whose hidden state predicts each target
     ) -> Tensor:
-        """Log-probs of the targets [n] float32 on the last stage, hidden states [t, 1, h] on the others."""
+        """Log-probs of the targets [n] float32 on the last stage, hidden states [t / cp, 1, h] on the others."""
         self.rotary_pos_emb.positions = positions
         packed = packed_params(layout) if self.attention == "te" else None
         hidden = super().forward(tokens, positions[None], layout, packed_seq_params=packed)
@@ -40,9 +43,12 @@ class FusionGPT(GPTModel):
             return hidden
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return self.output_layer(hidden[:, 0], weight, targets, target_rows)
+
+    def _logprobs(self, hidden: Tensor, weight: Tensor, targets: Tensor, target_rows: Tensor) -> Tensor:
         tp = self.pg_collection.tp
         return linear_logprobs(
-            hidden[:, 0],
+            hidden,
             weight,
             targets,
             row_index=target_rows,

@@ -4,7 +4,6 @@ Without Transformer Engine: mcore's parallel linear layers, our RMSNorm and core
 whose core attention is replaced by ours unless the run asks for TE's. Both store the same checkpoint names.
 """
 
-import functools
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -16,7 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megafuse.model.attention import BlockCache, RowAttention
+from megafuse.model.attention import core_attention
 from megafuse.model.moe import torch_experts
 from megafuse.model.norm import RMSNorm
 
@@ -74,9 +73,9 @@ def te_layer(core_attention: Any | None, *, qk_norm: bool = False, experts: int 
 def block_spec(config: Any, *, layers: str, attention: str, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Specification of one pipeline stage's layers.
 
-    layers: `torch` or `te`; attention: `sdpa` or `te`; vp_stage: number of the virtual stage, None without them.
+    layers: `torch` or `te`; attention: `sdpa`, `flex` or `te`; vp_stage: the virtual stage, None without them.
     """
-    core = functools.partial(RowAttention, blocks=BlockCache()) if attention == "sdpa" else None
+    core = core_attention(attention)
     qk_norm, experts = config.qk_layernorm, config.num_moe_experts
     if layers == "te":
         from megatron.core.extensions.transformer_engine import TENorm

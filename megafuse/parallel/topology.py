@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 from megafuse.config.train import ParallelConfig
-from megafuse.errors import ConfigError
 from megafuse.launch.environment import world_from_environment
 from megafuse.parallel.cpu_runtime import cpu_runtime
 
@@ -31,8 +30,11 @@ class Topology:
     pp_size: int
     dp_rank: int
     dp_size: int
+    cp_rank: int
+    cp_size: int
     tp_group: Any
-    dp_group: Any
+    cp_group: Any
+    dp_group: Any  # data x context parallel: the ranks that hold copies of the same parameters
     groups: Any  # mcore's ProcessGroupCollection
     device: torch.device
 
@@ -48,8 +50,9 @@ class Topology:
 
     @property
     def is_reporter(self) -> bool:
-        """One rank a data-parallel replica: it holds the log-probs, and its tensor-parallel peers hold copies."""
-        return self.is_last_stage and self.tp_rank == 0
+        """One rank a data-parallel replica: it holds the log-prob sums, of which its tensor- and context-parallel
+        peers hold copies."""
+        return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
 
     def sum_over_world(self, values: torch.Tensor) -> torch.Tensor:
         """All-reduce (sum) over every rank, in place on this rank's device. Ranks with nothing to add pass zeros."""
@@ -94,18 +97,12 @@ class Topology:
         dist.barrier()
 
 
-def check_layout(parallel: ParallelConfig, world_size: int) -> None:
-    """Refuse a layout that does not divide the world.
-
-    Raises:
-        ConfigError: naming the numbers that do not divide.
-    """
-    need = parallel.tensor * parallel.pipeline
-    if world_size % need:
-        raise ConfigError(
-            f"world size {world_size} is not divisible by parallel.tensor x parallel.pipeline = "
-            f"{parallel.tensor} x {parallel.pipeline} = {need}; start a multiple of {need} processes or another layout"
-        )
+def world_size_here() -> int:
+    """Processes of this job, known before any process group starts."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    environ = {**os.environ, **world_from_environment(dict(os.environ))}
+    return int(environ["WORLD_SIZE"])
 
 
 @contextlib.contextmanager
@@ -139,16 +136,21 @@ def process_groups(timeout_minutes: float = 30.0) -> Iterator[tuple[int, int]]:
 def layout(parallel: ParallelConfig, *, seed: int = 0) -> Iterator[Topology]:
     """Lay `parallel` over the joined world, inside the CPU runtime where there is no CUDA; undone at the end.
 
-    Several layouts may follow each other in one world. Raises ConfigError when the layout does not divide it.
+    Several layouts may follow each other in one world. Whether `parallel` fits is checked before: see
+    `parallel.layouts`.
     """
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     rank, world = dist.get_rank(), dist.get_world_size()
-    check_layout(parallel, world)
     with cpu_runtime():
         parallel_state.initialize_model_parallel(
-            parallel.tensor, parallel.pipeline, create_gloo_process_groups=not torch.cuda.is_available()
+            parallel.tensor,
+            parallel.pipeline,
+            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            create_gloo_process_groups=not torch.cuda.is_available(),
         )
         try:
             tensor_parallel.model_parallel_cuda_manual_seed(seed + 1)
@@ -162,7 +164,10 @@ def layout(parallel: ParallelConfig, *, seed: int = 0) -> Iterator[Topology]:
                 pp_size=parallel.pipeline,
                 dp_rank=parallel_state.get_data_parallel_rank(),
                 dp_size=parallel_state.get_data_parallel_world_size(),
+                cp_rank=parallel_state.get_context_parallel_rank(),
+                cp_size=parallel.context,
                 tp_group=parallel_state.get_tensor_model_parallel_group(),
+                cp_group=parallel_state.get_context_parallel_group(),
                 dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
                 groups=ProcessGroupCollection.use_mpu_process_groups(),
                 device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megafuse.data.dataset import GroupDataset
 from megafuse.data.rows import Row, RowPlanner, build_row
+from megafuse.data.shard import local_row
 from megafuse.kernels.logprob import segment_logprobs
 from megafuse.observe.progress import Progress
 from megafuse.parallel.topology import Topology
@@ -21,7 +22,7 @@ PART_GROUPS = 64  # groups between two writes: what a kill can lose
 
 
 def score_groups(
-    model: Any,
+    model: list[Any],
     topology: Topology,
     data: GroupDataset,
     planner: RowPlanner,
@@ -34,20 +35,22 @@ def score_groups(
     Every rank must consume the iterator (each step is collective) and gets the same numbers.
     """
     offsets = data.response_offsets
-    was_training = model.training
-    model.eval()
+    was_training = model[0].training
+    for chunk in model:
+        chunk.eval()
     for part, first, stop in spans:
         plan = planner.plan(np.arange(first, stop))
+        lengths = plan.lengths[topology.dp_rank]
         rows = [
-            build_row([data[int(g)] for g in groups], prefix_sharing=prefix_sharing, row_tokens=plan.row_tokens)
-            for groups in plan.rows[topology.dp_rank]
+            build_row([data[int(g)] for g in groups], prefix_sharing=prefix_sharing, row_tokens=length)
+            for groups, length in zip(plan.rows[topology.dp_rank], lengths)
         ]
         with torch.no_grad():
             outputs = forward_rows(
                 model,
-                [row.to(topology.device) for row in rows],
-                _forward_step,
-                row_tokens=plan.row_tokens,
+                [local_row(row, topology.cp_rank, topology.cp_size).to(topology.device) for row in rows],
+                functools.partial(_forward_step, topology.cp_group),
+                lengths=lengths,
                 forward_only=True,
             )
         result = torch.zeros(2, int(offsets[stop] - offsets[first]), dtype=torch.float64)
@@ -57,21 +60,22 @@ def score_groups(
                 result[:, torch.from_numpy(places.astype(np.int64)) - int(offsets[first])] = output.cpu()
         result = topology.sum_over_world(result).cpu()
         yield part, result[0].numpy(), result[1].numpy().astype(np.int64)
-    model.train(was_training)
+    for chunk in model:
+        chunk.train(was_training)
 
 
-def _forward_step(source: Iterator[Row], model: Any) -> tuple[Tensor, Any]:
+def _forward_step(cp_group: Any, source: Iterator[Row], model: Any) -> tuple[Tensor, Any]:
     row = next(source)
 
     def collect(logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        sums, lengths = segment_logprobs(logps, row.target_response, row.num_responses)
+        sums, lengths = segment_logprobs(logps, row.target_response, row.num_responses, cp_group=cp_group)
         return sums.sum(), torch.zeros((), dtype=torch.int), torch.stack((sums.double(), lengths.double()))
 
     return run_model(model, row), collect
 
 
 def write_reference(
-    model: Any,
+    model: list[Any],
     topology: Topology,
     data: GroupDataset,
     planner: RowPlanner,

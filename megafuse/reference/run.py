@@ -10,7 +10,8 @@ from megafuse.data.dataset import GroupDataset
 from megafuse.data.rows import check_vocabulary, row_planner
 from megafuse.model.arch import read_arch
 from megafuse.model.build import build_model, choose_backend
-from megafuse.parallel.topology import layout, process_groups
+from megafuse.parallel.layouts import check_layout
+from megafuse.parallel.topology import layout, process_groups, world_size_here
 from megafuse.reference.cache import ReferenceLogps, is_complete, read_cache
 from megafuse.reference.compute import write_reference
 from megafuse.reference.digest import reference_digest
@@ -27,7 +28,8 @@ def run_reference(config: ReferenceRunConfig | EvalConfig, folder: Path, name: s
     data = GroupDataset(config.data.dataset)
     check_vocabulary(data, arch)
     sharing = config.data.prefix_sharing
-    backend = choose_backend(config.model, prefix_sharing=sharing)
+    backend = choose_backend(config.model, config.parallel, prefix_sharing=sharing)
+    check_layout(arch, config.parallel, world_size_here())
     flat, offsets = data.response_lengths
     with process_groups(), layout(config.parallel) as topology:
         digest = topology.on_rank_zero(
@@ -37,8 +39,9 @@ def run_reference(config: ReferenceRunConfig | EvalConfig, folder: Path, name: s
             with torch.no_grad():
                 model = build_model(arch, config.parallel, topology, backend)
                 load_model(model, topology, config.model.path)
+                planner = row_planner(config, data, arch, topology, backend)
                 write_reference(
-                    model, topology, data, row_planner(config, data, arch, topology), folder, name=name, digest=digest,
+                    model, topology, data, planner, folder, name=name, digest=digest,
                     source=config.model.path, prefix_sharing=sharing, show_progress=topology.rank == 0,
                 )  # fmt: skip
         return read_cache(folder, digest, offsets, flat)

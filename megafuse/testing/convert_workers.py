@@ -23,10 +23,10 @@ def load_compare_save(hf_dir: Path, ckpt: Path, layouts: dict[str, dict[str, Any
     for name, fields in layouts.items():
         parallel = ParallelConfig(**fields)
         with layout(parallel) as topology:
-            model = build_model(arch, parallel, topology, backend)
+            (model,) = build_model(arch, parallel, topology, backend)
             for parameter in model.parameters():
                 torch.nn.init.constant_(parameter, float("nan"))
-            load_model(model, topology, ckpt)
+            load_model([model], topology, ckpt)
             counts[name] = _compare(model, topology, parallel, hf_dir)
             for kind in ("stacked", "unstacked"):
                 _save(model, topology, out / f"{name}-{kind}", unstacked=kind == "unstacked")

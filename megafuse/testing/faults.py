@@ -21,15 +21,15 @@ def poison_gradient(config: Any, rank: int, step: int) -> dict[str, Any]:
         seen["step"] += 1
         if seen["step"] != step:
             return train_step(engine, *args, **kwargs)
-        before = [p.detach().clone() for p in engine.bare.parameters()]
+        before = [p.detach().clone() for p in engine.bare[0].parameters()]
         hook = None
         if dist.get_rank() == rank:
-            param = next(p for p in engine.bare.parameters() if p.requires_grad)
+            param = next(p for p in engine.bare[0].parameters() if p.requires_grad)
             hook = param.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
         result = train_step(engine, *args, **kwargs)
         if hook is not None:
             hook.remove()
-        after = engine.bare.parameters()
+        after = engine.bare[0].parameters()
         seen["changed"] = not all(torch.equal(a, b) for a, b in zip(before, after))
         return result
 

@@ -12,21 +12,29 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 
 from megafuse.config.train import OptimConfig
+from megafuse.parallel.policy import Policy
 
 
 @dataclass(frozen=True)
 class Engine:
     """What an optimizer step works on."""
 
-    model: Any  # DistributedDataParallel around FusionGPT
+    model: list[Any]  # DistributedDataParallel around each FusionGPT chunk of this rank
     optimizer: Any  # megatron-core optimizer
     scheduler: OptimizerParamScheduler
     clip_grad: float
 
     @property
-    def bare(self) -> Any:
-        """The FusionGPT without wrappers."""
-        return self.model.module
+    def bare(self) -> list[Any]:
+        """The FusionGPT chunks without wrappers."""
+        return [chunk.module for chunk in self.model]
+
+    def sync_params(self) -> None:
+        """Bring every parameter up to date, where the last update is still to be gathered by the next forward."""
+        for chunk in self.model:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.disable_forward_pre_hook(param_sync=True)
+                chunk.enable_forward_pre_hook()
 
     @property
     def lr(self) -> float:
@@ -43,20 +51,26 @@ class Engine:
                 clip_grad_by_total_norm_fp32(params, self.clip_grad, grad_norm)
 
 
-def wrap_for_training(model: Any, config: OptimConfig, *, total_steps: int) -> Engine:
-    """Put `model` under DDP with an optimizer and a schedule of `total_steps` optimizer steps."""
-    core = get_model_config(model)
+def wrap_for_training(model: list[Any], config: OptimConfig, policy: Policy, *, total_steps: int) -> Engine:
+    """Put the chunks of `model` under DDP with one optimizer and a schedule of `total_steps` optimizer steps."""
+    core = get_model_config(model[0])
     bf16 = core.params_dtype == torch.bfloat16
-    ddp = DistributedDataParallel(
-        core,
-        DistributedDataParallelConfig(
-            use_distributed_optimizer=config.distributed,
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
-            average_in_collective=False,  # gradients are summed: the loss already carries the global denominator
-        ),
-        model,
-    )
+    ddp = [
+        DistributedDataParallel(
+            core,
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=config.distributed,
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=policy.overlap_grad_reduce,
+                overlap_param_gather=policy.overlap_param_gather,
+                average_in_collective=False,  # gradients are summed: the loss already carries the global denominator
+            ),
+            chunk,
+            # mcore's advice: the first chunk's backward is the last, so only its buckets have anything to hide behind
+            disable_bucketing=number > 0,
+        )
+        for number, chunk in enumerate(model)
+    ]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -71,10 +85,14 @@ def wrap_for_training(model: Any, config: OptimConfig, *, total_steps: int) -> E
             params_dtype=core.params_dtype,
             use_distributed_optimizer=config.distributed,
         ),
-        [ddp],
+        ddp,
     )
     core.finalize_model_grads_func = _finalize
     core.grad_scale_func = None
+    core.no_sync_func = None
+    if policy.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in ddp]
+        core.no_sync_func = no_sync if len(ddp) > 1 else no_sync[0]
     return Engine(ddp, optimizer, _schedule(optimizer, config, total_steps), config.clip_grad)
 
 

@@ -15,6 +15,7 @@ from megafuse.config.train import TrainConfig
 from megafuse.data.dataset import GroupDataset
 from megafuse.data.rows import BatchPlan, RowPlanner, build_row, check_vocabulary, row_planner
 from megafuse.data.sampler import BatchSampler
+from megafuse.data.shard import local_row
 from megafuse.errors import ConfigError, NonFiniteError
 from megafuse.losses.registry import Loss, make_loss
 from megafuse.model.arch import ModelArch, read_arch
@@ -22,7 +23,8 @@ from megafuse.model.build import Backend, build_model, choose_backend
 from megafuse.observe.flops import device_peak_flops, mfu, model_flops
 from megafuse.observe.metrics import MetricsLog
 from megafuse.observe.progress import Progress
-from megafuse.parallel.topology import Topology, layout, process_groups
+from megafuse.parallel.layouts import check_layout
+from megafuse.parallel.topology import Topology, layout, process_groups, world_size_here
 from megafuse.reference.cache import ReferenceLogps, is_complete, read_cache
 from megafuse.reference.compute import write_reference
 from megafuse.reference.digest import reference_digest
@@ -40,7 +42,14 @@ def train(config: TrainConfig) -> Path:
     data = GroupDataset(config.data.dataset)
     loss = make_loss(config.loss)
     check_data(data, arch, loss)
-    backend = choose_backend(config.model, prefix_sharing=config.data.prefix_sharing)
+    backend = choose_backend(
+        config.model,
+        config.parallel,
+        prefix_sharing=config.data.prefix_sharing,
+        overlap=config.overlap,
+        distributed_optimizer=config.optim.distributed,
+    )
+    check_layout(arch, config.parallel, world_size_here())
     with process_groups(), layout(config.parallel, seed=config.seed) as topology:
         return _Run(config, arch, data, loss, backend, topology).run()
 
@@ -81,12 +90,12 @@ class _Run:
         if newest and steps[-1] >= total:
             self._say(f"{config.run_dir} is complete: {newest}")
             return newest
-        planner = row_planner(config, self.data, self.arch, topology)
+        planner = row_planner(config, self.data, self.arch, topology, self.backend)
         model = build_model(self.arch, config.parallel, topology, self.backend, recompute=config.model.recompute)
         self._say(f"world {topology.world_size} on {topology.device.type}, {self.backend}, {total} steps")
         reference = self._reference(model, planner)
         load_model(model, topology, config.model.path)
-        engine = wrap_for_training(model, config.optim, total_steps=total)
+        engine = wrap_for_training(model, config.optim, self.backend.policy, total_steps=total)
         done = self._resume(engine, newest) if newest else 0
         return self._loop(engine, planner, sampler, reference, done, total)
 
@@ -94,7 +103,7 @@ class _Run:
         if self.topology.rank == 0:
             print(text, file=sys.stderr, flush=True)
 
-    def _reference(self, model: Any, planner: RowPlanner) -> ReferenceLogps | None:
+    def _reference(self, model: list[Any], planner: RowPlanner) -> ReferenceLogps | None:
         """Reference log-probs: from the cache that the run names, or computed now with the starting weights."""
         config = self.config
         if not self.loss.needs_reference:
@@ -120,8 +129,7 @@ class _Run:
                 f"{newest} holds no optimizer state (checkpoint.final_optimizer = false), so this run cannot be made "
                 f"longer; start a new run from it with model.path"
             )
-        here = [self.config.parallel.tensor, self.config.parallel.pipeline, self.topology.world_size]
-        load_run(engine, self.topology, newest, same_layout=manifest["layout"] == here)
+        load_run(engine, self.topology, newest, same_layout=manifest["layout"] == self._layout())
         self._say(f"resumed from {newest}")
         return int(manifest["step"])
 
@@ -143,7 +151,8 @@ class _Run:
             config.run_dir, resume_step=done, writer=main,
             tensorboard=config.observe.tensorboard, wandb=config.observe.wandb,
         )  # fmt: skip
-        engine.model.train()
+        for chunk in engine.model:
+            chunk.train()
         with log, Progress(total, f"train {self.loss.name}", enabled=main) as progress:
             for step in range(done, total):
                 start = time.perf_counter()
@@ -163,19 +172,19 @@ class _Run:
 
     def _step(self, engine: Engine, plan: BatchPlan, reference: ReferenceLogps | None, progress: float) -> StepResult:
         topology, sharing = self.topology, self.config.data.prefix_sharing
-        rows = []
-        for groups in plan.rows[topology.dp_rank]:
-            row = build_row([self.data[int(g)] for g in groups], prefix_sharing=sharing, row_tokens=plan.row_tokens)
+        rows, lengths = [], plan.lengths[topology.dp_rank]
+        for groups, length in zip(plan.rows[topology.dp_rank], lengths):
+            row = build_row([self.data[int(g)] for g in groups], prefix_sharing=sharing, row_tokens=length)
             logps = None
             if reference is not None:
                 logps = torch.from_numpy(reference.of_groups(row.groups)).to(topology.device)
-            rows.append(RowInput(row.to(topology.device), logps))
+            rows.append(RowInput(local_row(row, topology.cp_rank, topology.cp_size).to(topology.device), logps))
         return train_step(
             engine,
             topology,
             self.loss,
             rows,
-            row_tokens=plan.row_tokens,
+            lengths=lengths,
             denominator=batch_denominator(self.loss, self.data, plan),
             progress=progress,
         )
@@ -217,8 +226,13 @@ class _Run:
             )
         self._say(f"skipped: {facts}")
 
+    def _layout(self) -> dict[str, Any]:
+        """What has to be equal for the state of the random generators to mean the same."""
+        return {**self.config.parallel.model_dump(), "world_size": self.topology.world_size}
+
     def _save(self, engine: Engine, step: int, *, optimizer: bool) -> Path:
         config, topology = self.config, self.topology
+        engine.sync_params()
         root = config.run_dir / "checkpoints"
         folder = topology.on_rank_zero(lambda: checkpoints.begin(root, step))
         save_state(run_state(engine, topology, optimizer=optimizer, loading=False), folder)
@@ -226,7 +240,7 @@ class _Run:
         facts = {
             "step": step,
             "optimizer": optimizer,
-            "layout": [config.parallel.tensor, config.parallel.pipeline, topology.world_size],
+            "layout": self._layout(),
             "data_position": {"step": step, "seed": config.seed, "data": self.data.manifest["digest"]["data"]},
         }
         return topology.on_rank_zero(

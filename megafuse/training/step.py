@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megafuse.data.rows import Row
@@ -35,21 +36,28 @@ class RowInput:
     ref_logps: Tensor | None  # [n] float64
 
 
-def forward_rows(model: Any, rows: Sequence[Any], step: Any, *, row_tokens: int, forward_only: bool) -> list[Any]:
-    """Run `rows` as micro-batches through the schedule of the current layout; what the last stage returned."""
+def forward_rows(
+    model: list[Any], rows: Sequence[Any], step: Any, *, lengths: Sequence[int], forward_only: bool
+) -> Any:
+    """Run `rows`, of `lengths` places, as micro-batches through the current layout's schedule; the last stage's list.
+
+    `model` holds this rank's chunks: one, or those of a virtual pipeline, each of which sees all the rows.
+    """
+    # all stages of a replica have the same rows, so they agree whether shapes have to be told first
+    get_model_config(model[0]).variable_seq_lengths = len(set(lengths)) > 1
     return get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=iter(rows),
-        model=[model],
+        data_iterator=[iter(rows) for _ in model] if len(model) > 1 else iter(rows),
+        model=model,
         num_microbatches=len(rows),
-        seq_length=row_tokens,
+        seq_length=lengths[0],
         micro_batch_size=1,
         forward_only=forward_only,
     )
 
 
 def run_model(model: Any, row: Row) -> Tensor:
-    """Log-probs of the row's response tokens [r] on the last stage, hidden states elsewhere."""
+    """Log-probs [r] of the response tokens that this rank's places predict; hidden states before the last stage."""
     return model(row.tokens, row.positions, row.layout, row.targets, row.target_rows)
 
 
@@ -59,19 +67,15 @@ def train_step(
     loss: Loss,
     rows: Sequence[RowInput],
     *,
-    row_tokens: int,
+    lengths: Sequence[int],
     denominator: float,
     progress: float,
 ) -> StepResult:
-    """One update. `denominator` is that of the GLOBAL batch, `progress` the share of the run behind us in [0, 1)."""
-    engine.model.zero_grad_buffer()
-    engine.optimizer.zero_grad()
+    """One update from this rank's `rows`, of `lengths` places.
 
-    def forward_step(source: Iterator[RowInput], model: Any) -> tuple[Tensor, Any]:
-        item = next(source)
-        return run_model(model, item.row), partial(_loss, loss, item, denominator, progress)
-
-    outputs = forward_rows(engine.model, rows, forward_step, row_tokens=row_tokens, forward_only=False)
+    `denominator` is that of the GLOBAL batch, `progress` the share of the run behind us in [0, 1).
+    """
+    outputs = backward(engine, topology, loss, rows, lengths=lengths, denominator=denominator, progress=progress)
     sums = reduce_metrics(topology, outputs)
     engine.optimizer.prepare_grads()
     grad_norm = float(engine.optimizer.get_grad_norm())
@@ -85,10 +89,38 @@ def train_step(
     return StepResult(value, grad_norm, metrics, finite)
 
 
-def _loss(loss: Loss, item: RowInput, denominator: float, progress: float, logps: Tensor) -> tuple[Tensor, Tensor, Any]:
-    """Loss of one row: (its part of the global loss, unused token count, metric sums)."""
+def backward(
+    engine: Engine,
+    topology: Topology,
+    loss: Loss,
+    rows: Sequence[RowInput],
+    *,
+    lengths: Sequence[int],
+    denominator: float,
+    progress: float,
+) -> list[dict[str, Tensor]]:
+    """Gradients of one global batch, summed over all ranks, in the parameters' `main_grad`; the rows' metric sums."""
+    for chunk in engine.model:
+        chunk.zero_grad_buffer()
+    engine.optimizer.zero_grad()
+
+    def forward_step(source: Iterator[RowInput], model: Any) -> tuple[Tensor, Any]:
+        item = next(source)
+        return run_model(model, item.row), partial(_loss, loss, item, topology.cp_group, denominator, progress)
+
+    return forward_rows(engine.model, rows, forward_step, lengths=lengths, forward_only=False)
+
+
+def _loss(
+    loss: Loss, item: RowInput, cp_group: Any, denominator: float, progress: float, logps: Tensor
+) -> tuple[Tensor, Tensor, Any]:
+    """Loss of one row: (its part of the global loss, unused token count, metric sums).
+
+    Context-parallel ranks complete the sums before anything nonlinear sees them. Each then has the whole loss, and the
+    gradient with respect to its own tokens only; the sum over ranks that DDP takes is the whole gradient.
+    """
     row = item.row
-    sums, lengths = segment_logprobs(logps, row.target_response, row.num_responses)
+    sums, lengths = segment_logprobs(logps, row.target_response, row.num_responses, cp_group=cp_group)
     per_group, metrics = loss(ResponseSums(sums, lengths, row.rewards, item.ref_logps), row.terms, progress)
     value = per_group.sum() / denominator
     report = {"loss": torch.stack((value.detach(), torch.ones_like(value))), **metrics}

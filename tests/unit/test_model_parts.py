@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from megafuse.data.shard import owners
 from megafuse.model.arch import ModelArch, RopeScaling
-from megafuse.model.attention import BlockCache, RowAttention, row_blocks, visible
+from megafuse.model.attention import RowAttention, RowCache, sdpa_attend, sdpa_blocks, visible
+from megafuse.model.flex import flex_attend, flex_mask
 from megafuse.model.rope import RowRotary, inverse_frequencies
 
 
@@ -80,8 +82,11 @@ def test_visible_means_own_segment_so_far_and_the_whole_parent(rng: torch.Genera
             assert bool(mask[q, k]) == wanted
 
 
-class _Config:
-    kv_channels = 8
+def row_attention(scale: float) -> RowAttention:
+    attention = RowAttention.__new__(RowAttention)
+    torch.nn.Module.__init__(attention)
+    attention.rows, attention.attend, attention.scale = RowCache(sdpa_blocks), sdpa_attend, scale
+    return attention
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -90,10 +95,7 @@ def test_row_attention_equals_dense_float64(rng: torch.Generator, shared: bool) 
     t = layout.size(1)
     real = int((layout[0] >= 0).sum())
     q, k, v = (torch.randn(t, 1, h, 8, generator=rng, requires_grad=True) for h in (6, 2, 2))
-    attention = RowAttention.__new__(RowAttention)
-    torch.nn.Module.__init__(attention)
-    attention.blocks, attention.scale = BlockCache(), 8**-0.5
-    out = attention(q, k, v, layout)
+    out = row_attention(8**-0.5)(q, k, v, layout)
 
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
     keys, values = (x[:, 0].repeat_interleave(3, dim=1) for x in wide[1:])
@@ -111,19 +113,35 @@ def test_row_attention_equals_dense_float64(rng: torch.Generator, shared: bool) 
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("ways", [1, 2, 4])
+def test_flex_and_sdpa_see_the_same_keys_from_any_part_of_a_row(rng: torch.Generator, shared: bool, ways: int) -> None:
+    layout = random_layout(rng, shared)
+    layout = torch.nn.functional.pad(layout, (0, -layout.size(1) % ways), value=-1)
+    t = layout.size(1)
+    q, k, v = (torch.randn(1, h, t, 16, generator=rng) for h in (6, 2, 2))
+    whole = sdpa_attend(q, k, v, sdpa_blocks(layout[0], layout[1], torch.arange(t)), 0.25)
+    owner = owners(layout, ways)
+    for rank in range(ways):
+        places = (owner == rank).nonzero().flatten()
+        part = q[:, :, places]
+        by_block = sdpa_attend(part, k, v, sdpa_blocks(layout[0], layout[1], places), 0.25)
+        by_tile = flex_attend(part, k, v, flex_mask(layout[0], layout[1], places), 0.25)
+        torch.testing.assert_close(by_block, whole[:, :, places], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(by_tile, whole[:, :, places], rtol=1e-5, atol=1e-6)
+
+
 def test_an_empty_row_gives_zeros_and_a_gradient_path() -> None:
     layout = torch.full((2, 4), -1, dtype=torch.int32)
     q, k, v = (torch.randn(4, 1, 2, 8, requires_grad=True) for _ in range(3))
-    attention = RowAttention.__new__(RowAttention)
-    torch.nn.Module.__init__(attention)
-    attention.blocks, attention.scale = BlockCache(), 1.0
-    out = attention(q, k, v, layout)
+    out = row_attention(1.0)(q, k, v, layout)
     assert out.shape == (4, 1, 16) and not out.any() and out.requires_grad
 
 
-def test_blocks_are_built_once_a_row_and_never_mixed_up(rng: torch.Generator) -> None:
-    cache = BlockCache(capacity=2)
+def test_views_are_built_once_a_row_and_never_mixed_up(rng: torch.Generator) -> None:
+    cache = RowCache(sdpa_blocks, capacity=2)
     rows = [random_layout(rng, True) for _ in range(5)]
     for row in rows:
-        assert cache.get(row) is cache.get(row.detach())
-        assert [(b.start, b.stop) for b in cache.get(row)] == [(b.start, b.stop) for b in row_blocks(row)]
+        assert cache.get(row, 0) is cache.get(row.detach(), 0)
+        fresh = sdpa_blocks(row[0], row[1], torch.arange(row.size(1)))
+        assert [(b.start, b.stop) for b in cache.get(row, 0).mask] == [(b.start, b.stop) for b in fresh]

@@ -1,21 +1,25 @@
 """What cannot train is refused before any process group exists, with the numbers and the fix."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megafuse.config.loss import LossConfig
-from megafuse.config.train import ModelConfig, ParallelConfig
+from megafuse.config.train import ModelConfig, OverlapConfig, ParallelConfig
 from megafuse.data.dataset import GroupDataset
 from megafuse.errors import ConfigError
 from megafuse.launch.environment import world_from_environment
 from megafuse.losses.registry import make_loss
 from megafuse.model.arch import ModelArch
-from megafuse.model.build import check_divides, choose_backend
-from megafuse.parallel.topology import check_layout
+from megafuse.model.build import choose_backend
+from megafuse.parallel.layouts import check_layout, describe, nearest, workable
+from megafuse.parallel.policy import Policy, resolve_policy
+from megafuse.testing.parity import Lab
 from megafuse.testing.tiny import write_tiny_dataset
-from megafuse.training.run import check_data
+from megafuse.training.run import check_data, train
 
 SMOLLM2 = ModelArch(
     architecture="LlamaForCausalLM", num_layers=30, hidden_size=576, ffn_hidden_size=1536, num_heads=9, num_kv_heads=3,
@@ -24,16 +28,88 @@ SMOLLM2 = ModelArch(
 )  # fmt: skip
 
 
-def test_a_layout_that_does_not_divide_says_which_number_by_what() -> None:
-    check_divides(SMOLLM2, ParallelConfig(tensor=3, pipeline=5))
-    with pytest.raises(ConfigError, match=r"attention heads = 9 is not divisible by parallel.tensor = 2.*1, 3, 9"):
-        check_divides(SMOLLM2, ParallelConfig(tensor=2))
-    with pytest.raises(ConfigError, match=r"KV heads = 3 is not divisible by parallel.tensor = 9"):
-        check_divides(SMOLLM2, ParallelConfig(tensor=9))
-    with pytest.raises(ConfigError, match=r"layers = 30 is not divisible by parallel.pipeline = 4"):
-        check_divides(SMOLLM2, ParallelConfig(pipeline=4))
-    with pytest.raises(ConfigError, match=r"world size 6 is not divisible .* 2 x 2 = 4"):
-        check_layout(ParallelConfig(tensor=2, pipeline=2), 6)
+MOE = replace(SMOLLM2, num_heads=8, num_kv_heads=4, num_experts=6, experts_per_token=2, moe_ffn_hidden_size=48)
+BAD_LAYOUTS = [
+    (SMOLLM2, {"tensor": 2}, 2, r"attention heads = 9 is not divisible by parallel.tensor = 2.*1, 3, 9"),
+    (SMOLLM2, {"tensor": 9}, 9, r"KV heads = 3 is not divisible by parallel.tensor = 9"),
+    (SMOLLM2, {"pipeline": 4}, 4, r"layers = 30 is not divisible by parallel.pipeline = 4"),
+    (SMOLLM2, {"tensor": 3, "pipeline": 2}, 8, r"world size 8 is not divisible .* 3 x 2 x 1 = 6"),
+    (SMOLLM2, {"context": 4}, 6, r"world size 6 is not divisible .* 1 x 1 x 4 = 4"),
+    (SMOLLM2, {"pipeline": 2, "virtual_pipeline": 2}, 2, r"pipeline stage = 15 .*virtual_pipeline = 2; .* 1, 3, 5, 15"),
+    (SMOLLM2, {"pipeline": 4, "first_stage_layers": 5}, 4, r"30 - parallel.first_stage_layers 5 leaves 25 for 3 "),
+    (SMOLLM2, {"pipeline": 2, "first_stage_layers": 9, "last_stage_layers": 9}, 2, r"leaves 12 for 0 pipeline stages"),
+    (SMOLLM2, {"pipeline": 3, "last_stage_layers": 40}, 3, r"leaves -10 for 2 pipeline stages"),
+    (SMOLLM2, {"expert": 2}, 2, r"LlamaForCausalLM has no experts; set parallel.expert = 1"),
+    (MOE, {"expert": 4}, 4, r"experts = 6 is not divisible by parallel.expert = 4"),
+    (MOE, {"expert": 3, "tensor": 2}, 4, r"= 2 is not divisible by parallel.expert = 3"),
+]
+
+
+@pytest.mark.parametrize(("arch", "fields", "world", "match"), BAD_LAYOUTS)
+def test_a_layout_that_does_not_divide_says_which_number_by_what_and_what_would_do(
+    arch: ModelArch, fields: dict[str, int], world: int, match: str
+) -> None:
+    wanted = ParallelConfig.model_validate(fields)
+    with pytest.raises(ConfigError, match=match) as refused:
+        check_layout(arch, wanted, world)
+    near = nearest(arch, wanted, world)
+    check_layout(arch, near, world)
+    assert str(refused.value).endswith(f"The nearest layout that works on {world} rank(s): {describe(near)}")
+
+
+def test_layouts_that_fit_are_let_pass_and_the_nearest_is_near() -> None:
+    for fields in ({"tensor": 3, "pipeline": 5}, {"pipeline": 2, "first_stage_layers": 16}, {"context": 15}):
+        check_layout(
+            SMOLLM2, ParallelConfig.model_validate(fields), 15 if "context" in fields or "tensor" in fields else 2
+        )
+    assert nearest(SMOLLM2, ParallelConfig(pipeline=4), 6) == ParallelConfig(pipeline=3)
+    assert nearest(SMOLLM2, ParallelConfig(tensor=2, sequence=True), 3) == ParallelConfig(tensor=3, sequence=True)
+    assert all(ParallelConfig(tensor=t) not in list(workable(SMOLLM2, 6)) for t in (2, 6))
+
+
+def test_training_refuses_a_layout_before_any_process_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = Lab(tmp_path, 3).prepare()
+    monkeypatch.setattr("megafuse.training.run.process_groups", None)  # would raise TypeError if it were reached
+    with pytest.raises(ConfigError, match=r"world size 1 .*parallel.tensor x pipeline x context = 1 x 1 x 2"):
+        train(lab.config("sft", "x", parallel={"context": 2}))
+
+
+BAD_OVERLAPS = [
+    ({"param_gather": True}, {}, "overlap.param_gather = true needs overlap.grad_reduce and optim.distributed"),
+    ({"tensor": True}, {"tensor": 2, "sequence": True}, "overlap.tensor = true needs model.layers = 'te'"),
+    ({"p2p": True}, {"pipeline": 2}, "overlap.p2p = true needs parallel.virtual_pipeline > 1"),
+    ({"p2p": False}, {"pipeline": 2, "virtual_pipeline": 2}, "overlap.p2p = false is wrong with .* on gloo and 2"),
+]
+
+
+@pytest.mark.parametrize(("overlap", "parallel", "match"), BAD_OVERLAPS)
+def test_an_overlap_that_cannot_be_says_what_it_needs(overlap: Any, parallel: Any, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        resolve_policy(
+            OverlapConfig.model_validate(overlap), ParallelConfig.model_validate(parallel), backend="gloo",
+            distributed_optimizer=True, te_layers=False,
+        )  # fmt: skip
+
+
+def test_overlap_defaults_follow_the_backend() -> None:
+    def policy(backend: str, distributed: bool = True, **parallel: int) -> Policy:
+        return resolve_policy(
+            OverlapConfig(),
+            ParallelConfig(**parallel),
+            backend=backend,
+            distributed_optimizer=distributed,
+            te_layers=False,
+        )
+
+    assert policy("nccl") == Policy(True, True, False, True, True, False)
+    assert policy("nccl", False) == Policy(True, False, False, True, True, False)
+    assert policy("gloo", pipeline=2, virtual_pipeline=2) == Policy(False, False, True, False, False, False)
+
+
+def test_virtual_stages_and_uneven_stages_need_a_pipeline() -> None:
+    for field in ("virtual_pipeline", "first_stage_layers", "last_stage_layers"):
+        with pytest.raises(ValueError, match=r"parallel.pipeline > 1, got 1"):
+            ParallelConfig.model_validate({field: 2})
 
 
 def test_sequence_parallelism_needs_tensor_parallelism() -> None:
@@ -52,7 +128,10 @@ def test_wrong_kind_and_wrong_vocabulary(tmp_path: Path) -> None:
 
 
 def test_transformer_engine_is_refused_where_it_cannot_run() -> None:
-    assert str(choose_backend(ModelConfig(path=Path("x")), prefix_sharing=True)) == "layers torch, attention sdpa, bf16"
+    chosen = str(choose_backend(ModelConfig(path=Path("x")), prefix_sharing=True))
+    assert chosen == "layers torch, attention sdpa, bf16, overlap none"
+    with pytest.raises(ConfigError, match="'flex' trains on CUDA only"):
+        choose_backend(ModelConfig(path=Path("x"), attention="flex"), prefix_sharing=True)
     for field in ("layers", "attention"):
         with pytest.raises(ConfigError, match="megafuse doctor"):
             choose_backend(ModelConfig.model_validate({"path": "x", field: "te"}), prefix_sharing=False)

@@ -1,15 +1,16 @@
 """Rows of groups against a naive construction; the plan of a global batch; the sampler."""
 
 import os
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from megafuse.data.dataset import GroupDataset
-from megafuse.data.rows import RowPlanner, build_row
+from megafuse.data.rows import BatchPlan, RowPlanner, RowShape, build_row
 from megafuse.data.sampler import BatchSampler
-from megafuse.errors import DataError
+from megafuse.errors import ConfigError, DataError
 from megafuse.model.arch import ModelArch
 from megafuse.model.attention import visible
 from megafuse.testing.tiny import write_tiny_dataset
@@ -76,15 +77,17 @@ def test_an_empty_row_is_all_padding() -> None:
 @pytest.mark.parametrize("sharing", [True, False])
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_plan_counts_what_the_rows_hold(data: GroupDataset, sharing: bool, ranks: int) -> None:
-    planner = RowPlanner(data, ARCH, max_row_tokens=300, prefix_sharing=sharing, dp_size=ranks, multiple=4)
+    shape = RowShape(dp_size=ranks, multiple=4)
+    planner = RowPlanner(data, ARCH, max_row_tokens=300, prefix_sharing=sharing, shape=shape)
     batch = np.array([5, 2, 9, 11, 0])
     plan = planner.plan(batch)
     rows = [
-        build_row([data[int(g)] for g in part], prefix_sharing=sharing, row_tokens=plan.row_tokens)
-        for rank in plan.rows
-        for part in rank
+        build_row([data[int(g)] for g in part], prefix_sharing=sharing, row_tokens=length)
+        for rank, lengths in zip(plan.rows, plan.lengths)
+        for part, length in zip(rank, lengths)
     ]
-    assert len({len(rank) for rank in plan.rows}) == 1 and len(plan.rows) == ranks and plan.row_tokens % 4 == 0
+    assert len({len(rank) for rank in plan.rows}) == 1 and len(plan.rows) == ranks
+    assert all(length % 4 == 0 for lengths in plan.lengths for length in lengths)
     assert sorted(g for row in rows for g in row.groups) == sorted(batch.tolist())
     assert plan.computed_tokens == sum(row.tokens.numel() for row in rows)
     assert plan.model_tokens == sum(int((row.layout[0] >= 0).sum()) for row in rows)
@@ -94,10 +97,42 @@ def test_plan_counts_what_the_rows_hold(data: GroupDataset, sharing: bool, ranks
     assert plan.useful_tokens == sum(lengths) and plan.groups == 5
 
 
-def test_a_group_longer_than_a_row_is_named(data: GroupDataset) -> None:
-    longest = int(data.group_lengths.argmax())
-    with pytest.raises(DataError, match=rf"group {longest} .*needs {data.group_lengths.max()} tokens.*max_row_tokens"):
-        RowPlanner(data, ARCH, max_row_tokens=int(data.group_lengths.max()) - 1, prefix_sharing=True, dp_size=1)
+def test_rows_get_the_lengths_that_the_layout_asks_for(data: GroupDataset) -> None:
+    batch = np.arange(len(data))
+    longest = int(data.group_lengths.max())
+
+    def plan(lengths: Any, count_multiple: int = 1) -> BatchPlan:
+        shape = RowShape(dp_size=2, multiple=3, count_multiple=count_multiple, lengths=lengths)
+        return RowPlanner(data, ARCH, max_row_tokens=longest + 8, prefix_sharing=True, shape=shape).plan(batch)
+
+    own, padded, fixed, stage = plan("own"), plan("padded"), plan("fixed"), plan("stage")
+    for rank in range(2):
+        tokens = [int(data.group_lengths[row].sum()) for row in own.rows[rank]]
+        assert own.lengths[rank] == tuple(-(-max(n, 1) // 3) * 3 for n in tokens)
+        assert set(padded.lengths[rank]) == {max(own.lengths[rank])}
+        assert set(fixed.lengths[rank]) == {(longest + 8) // 3 * 3}
+        wasteful = sum(padded.lengths[rank]) > 1.02 * sum(own.lengths[rank])
+        assert stage.lengths[rank] == (own if wasteful else padded).lengths[rank]
+    for multiple in (4, 7, 40):
+        turns = plan("padded", multiple)
+        assert all(len(rank) % multiple == 0 and len(rank) - len(own.rows[0]) < multiple for rank in turns.rows)
+        found = sorted(int(g) for rank in turns.rows for row in rank for g in row)
+        assert found == batch.tolist()
+        assert [sorted(g for row in r for g in row) for r in turns.rows] == [
+            sorted(g for x in r for g in x) for r in own.rows
+        ]
+
+
+def test_a_group_longer_than_a_row_gets_a_longer_row_up_to_the_stated_limit(data: GroupDataset) -> None:
+    longest, size = int(data.group_lengths.argmax()), int(data.group_lengths.max())
+    with pytest.raises(DataError, match=rf"group {longest} .*needs {size} tokens.*max_group_tokens allows {size - 1}"):
+        RowPlanner(data, ARCH, max_row_tokens=8, max_group_tokens=size - 1, prefix_sharing=True)
+    planner = RowPlanner(data, ARCH, max_row_tokens=size - 1, max_group_tokens=size, prefix_sharing=True)
+    assert max(planner.plan(np.array([longest])).lengths[0]) == size
+    others = np.array([g for g in range(len(data)) if data.group_lengths[g] < size])
+    assert max(planner.plan(others).lengths[0]) < size
+    with pytest.raises(ConfigError, match=r"max_row_tokens = 8 is less than one place for each of 16 parts"):
+        RowPlanner(data, ARCH, max_row_tokens=8, prefix_sharing=True, shape=RowShape(multiple=16))
 
 
 def test_every_epoch_visits_every_group_once_in_its_own_order() -> None:
