@@ -38,7 +38,9 @@ COMMANDS: dict[str, Command] = {
     "convert verify": Command("megafuse.cli.convert", "compare a checkpoint with a folder, bit by bit", "verify"),
     "convert inspect": Command("megafuse.cli.convert", "what a checkpoint or folder holds", "inspect"),
     "eval": Command("megafuse.cli.eval", "intra- and cross-rank accuracy of a model on a data set"),
+    "bench": Command("megafuse.cli.bench", "training throughput on real lengths: any shape, data, loss and layout"),
     "doctor": Command("megafuse.cli.doctor", "what is installed, what is usable, and how to repair the rest"),
+    "doctor parity": Command("megafuse.cli.doctor_parity", "every layout against one process in float64"),
     "data check": Command("megafuse.cli.data_check", "check input files line by line: file:line, problem, counts"),
 }
 

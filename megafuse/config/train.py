@@ -25,7 +25,8 @@ class ParallelConfig(Config):
     context: int = Field(1, ge=1)
     """Context-parallel ranks: each computes a balanced part of every row's tokens."""
     expert: int = Field(1, ge=1)
-    """Expert-parallel ranks (MoE): divides the experts, and the data-parallel x context-parallel ranks."""
+    """Expert-parallel ranks (MoE): divides the experts, and the ranks of a pipeline stage, tensor-parallel ones included:
+    above 1 an expert is never split, at 1 its width is split over `tensor`."""
     sequence: bool = False
     """Sequence parallelism: norms and residuals split over the tensor-parallel ranks (needs tensor > 1)."""
 
@@ -39,6 +40,11 @@ class ParallelConfig(Config):
         if uneven and self.pipeline == 1:
             raise ValueError("parallel.first_stage_layers / last_stage_layers need parallel.pipeline > 1, got 1")
         return self
+
+    @property
+    def expert_tensor(self) -> int:
+        """Ways that the width of one expert is split."""
+        return self.tensor if self.expert == 1 else 1
 
     @property
     def model_ranks(self) -> int:

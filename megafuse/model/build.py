@@ -117,6 +117,7 @@ def transformer_config(arch: ModelArch, parallel: ParallelConfig, backend: Backe
         num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
         sequence_parallel=parallel.sequence,
         # weights always come from a checkpoint; without initialisation mcore would not mark the sharded dimensions
         perform_initialization=True,

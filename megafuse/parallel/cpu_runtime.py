@@ -16,7 +16,13 @@ _ABSENT = object()
 
 
 class _NoStream:
-    """Stands for a CUDA stream: every method is a no-op, and it is its own context manager."""
+    """Stands for a CUDA stream: every method is a no-op, and it is its own context manager and event."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record_event(self, *args: Any, **kwargs: Any) -> "_NoStream":
+        return self
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
@@ -56,6 +62,19 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     return call
 
 
+def _listed_splits(exchange: Callable[..., Any]) -> Callable[..., Any]:
+    """`all_to_all_single` that takes its split sizes as host tensors too; mcore makes arrays of CUDA tensors only."""
+
+    @functools.wraps(exchange)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for name in ("output_split_sizes", "input_split_sizes"):
+            if isinstance(kwargs.get(name), torch.Tensor):
+                kwargs[name] = kwargs[name].tolist()
+        return exchange(*args, **kwargs)
+
+    return call
+
+
 def _no_properties(*args: Any, **kwargs: Any) -> None:
     raise AssertionError("Torch not compiled with CUDA enabled")  # torch.compile probes for exactly this
 
@@ -85,8 +104,11 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (torch.cuda, "is_initialized", lambda: True),
         (torch.cuda, "synchronize", lambda *args, **kwargs: None),
         (torch.cuda, "current_stream", lambda *args, **kwargs: stream),
+        (torch.cuda, "Stream", _NoStream),  # mcore's all-to-all of tokens copies its counts on a stream of its own
+        (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
         (torch.cuda, "default_generators", _CpuGenerators()),
         (torch.cuda, "get_device_properties", _no_properties),
+        (torch.distributed, "all_to_all_single", _listed_splits(torch.distributed.all_to_all_single)),
         (torch, "tensor", _on_cpu(torch.tensor)),
         (torch, "zeros", _on_cpu(torch.zeros)),
         (torch, "empty", _on_cpu(torch.empty)),

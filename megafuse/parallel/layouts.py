@@ -1,9 +1,12 @@
 """Which layouts an architecture can be cut into: checked before any process group starts."""
 
+import re
 from collections.abc import Iterator
 from itertools import product
 from math import log2
 from typing import Any
+
+from pydantic import ValidationError
 
 from megafuse.config.train import ParallelConfig
 from megafuse.errors import ConfigError
@@ -45,6 +48,44 @@ def describe(parallel: ParallelConfig) -> str:
     return ", ".join(str(n).replace("True", "true") for n in named) or "data parallel only"
 
 
+_SHORT = {
+    "tp": "tensor", "pp": "pipeline", "vpp": "virtual_pipeline", "cp": "context", "ep": "expert",
+    "first": "first_stage_layers", "last": "last_stage_layers",
+}  # fmt: skip
+
+
+def parse_layout(text: str) -> tuple[ParallelConfig, bool]:
+    """`tp2-sp-pp2-vpp2-cp2-ep2` -> (the layout, whether the optimizer is distributed: `do`). `dp`: data parallel only.
+
+    Raises:
+        ConfigError: naming the part that is not understood, and what there is.
+    """
+    fields: dict[str, Any] = {}
+    distributed = False
+    for part in text.split("-"):
+        match = re.fullmatch(r"([a-z]+?)(\d*)", part)
+        name, number = match.groups() if match else ("", "")
+        if name == "do" and not number:
+            distributed = True
+        elif name == "sp" and not number:
+            fields["sequence"] = True
+        elif name in _SHORT and number:
+            fields[_SHORT[name]] = int(number)
+        elif name != "dp" or number:
+            known = ", ".join(["dp", "do", "sp", *(f"{short}N" for short in _SHORT)])
+            raise ConfigError(f"layout {text!r}: {part!r} is not understood; join {known} by '-', such as tp2-sp-pp2")
+    try:
+        return ParallelConfig(**fields), distributed
+    except ValidationError as error:
+        raise ConfigError(f"layout {text!r}: {error.errors()[0]['msg']}") from error
+
+
+def layout_name(parallel: ParallelConfig, distributed: bool = False) -> str:
+    """The inverse of `parse_layout`."""
+    numbers = [f"{s}{n}" for s, field in _SHORT.items() if (n := getattr(parallel, field)) not in (1, None)]
+    return "-".join([*numbers, *(["sp"] if parallel.sequence else []), *(["do"] if distributed else [])] or ["dp"])
+
+
 def nearest(arch: Any, wanted: ParallelConfig, world_size: int) -> ParallelConfig:
     """The layout that works and is closest to `wanted`: fewest doublings and halvings, summed over the settings."""
     return min(workable(arch, world_size), key=lambda p: (_distance(p, wanted), p.model_ranks))
@@ -53,7 +94,7 @@ def nearest(arch: Any, wanted: ParallelConfig, world_size: int) -> ParallelConfi
 def workable(arch: Any, world_size: int) -> Iterator[ParallelConfig]:
     """Every layout with evenly cut pipelines that `arch` allows on `world_size` ranks."""
     ways = [d for d in range(1, world_size + 1) if world_size % d == 0]
-    experts = [d for d in ways if not (getattr(arch, "num_experts", None) or 1) % d]
+    experts = [d for d in ways if not (arch.num_experts or 1) % d]
     chunks = [d for d in range(1, arch.num_layers + 1) if arch.num_layers % d == 0]
     for tp, pp, cp in product(ways, ways, ways):
         if world_size % (tp * pp * cp):
@@ -71,9 +112,11 @@ def _distance(one: ParallelConfig, other: ParallelConfig) -> float:
 
 
 def _divisions(arch: Any, parallel: ParallelConfig) -> Iterator[str]:
-    sizes = [("attention heads", arch.num_heads), ("KV heads", arch.num_kv_heads), ("MLP width", arch.ffn_hidden_size)]
-    if getattr(arch, "num_experts", None):
-        sizes[2] = ("expert MLP width", arch.moe_ffn_hidden_size)
+    sizes = [("attention heads", arch.num_heads), ("KV heads", arch.num_kv_heads)]
+    if not arch.num_experts:
+        sizes.append(("MLP width", arch.ffn_hidden_size))
+    elif parallel.expert_tensor > 1:
+        sizes.append(("expert MLP width", arch.moe_ffn_hidden_size))
     for name, size in sizes:
         if size % parallel.tensor:
             yield _indivisible(name, size, "tensor", parallel.tensor)
@@ -109,17 +152,21 @@ def _pipeline(arch: Any, parallel: ParallelConfig) -> Iterator[str]:
 
 
 def _experts(arch: Any, parallel: ParallelConfig, world_size: int) -> Iterator[str]:
-    ways, count = parallel.expert, getattr(arch, "num_experts", None)
-    if ways == 1:
-        return
+    ways, count = parallel.expert, arch.num_experts
     if not count:
-        yield f"parallel.expert = {ways}, but {arch.architecture} has no experts; set parallel.expert = 1"
+        if ways > 1:
+            yield f"parallel.expert = {ways}, but {arch.architecture} has no experts; set parallel.expert = 1"
         return
+    if parallel.tensor > 1 and not parallel.sequence:
+        yield (
+            f"{arch.architecture} has experts, and megatron-core trains those with parallel.tensor = {parallel.tensor} "
+            f"under sequence parallelism only; set parallel.sequence = true"
+        )
     if count % ways:
         yield _indivisible("experts", count, "expert", ways)
-    replicas = world_size // (parallel.tensor * parallel.pipeline)
-    if replicas and replicas % ways:
+    stage = world_size // parallel.pipeline
+    if stage % ways:
         yield (
-            f"data-parallel x context-parallel ranks = {world_size} / ({parallel.tensor} x {parallel.pipeline}) = "
-            f"{replicas} is not divisible by parallel.expert = {ways}"
+            f"ranks of a pipeline stage = {world_size} / {parallel.pipeline} = {stage} is not divisible by "
+            f"parallel.expert = {ways}"
         )

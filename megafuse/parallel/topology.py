@@ -72,6 +72,12 @@ class Topology:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def gather_on_rank_zero(self, value: T) -> list[T] | None:
+        """The picklable values of all ranks, in their order, on rank 0; None elsewhere."""
+        box: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        dist.gather_object(value, box, dst=0)
+        return box
+
     def on_rank_zero(self, function: Callable[[], T]) -> T:
         """What `function()` returns on rank 0, on every rank; what it raises there is raised everywhere: none hangs."""
         value: T | None = None
@@ -150,6 +156,7 @@ def layout(parallel: ParallelConfig, *, seed: int = 0) -> Iterator[Topology]:
             parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
             context_parallel_size=parallel.context,
             expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=parallel.expert_tensor,
             create_gloo_process_groups=not torch.cuda.is_available(),
         )
         try:

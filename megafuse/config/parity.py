@@ -1,0 +1,38 @@
+"""What a parity check is: `megafuse doctor parity`."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from megafuse.config.base import Config
+
+Architecture = Literal["llama", "qwen3", "qwen3_moe"]
+
+
+class ParityConfig(Config):
+    """Which layouts to compare with the float64 oracle, and on what."""
+
+    layouts: tuple[str, ...] = ()
+    """Layouts such as `tp2-sp`, `pp2-vpp2`, `cp2-ep2-do` (`do`: distributed optimizer; `dp`: data parallel only).
+    None given: every layout that fits the ranks at hand."""
+    architecture: Architecture = "llama"
+    """Family of the tiny random model."""
+    losses: tuple[str, ...] = ()
+    """Names of losses, see the table that is printed. None given: all."""
+    rows: tuple[Literal["shared", "separate"], ...] = ("shared", "separate")
+    """Prefix-shared rows, and packed rows in which every response carries its own copy of the prompt."""
+    micro_batches: tuple[Literal["many", "few"], ...] = ("many", "few")
+    """Splits of the batch: rows as short as the longest group, and rows as long as the whole batch."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Parameters and activations."""
+    processes: int = Field(1, ge=1)
+    """Ranks to start on this machine over gloo; under torchrun or srun leave it at 1."""
+    groups: int = Field(12, ge=1)
+    """Prompt groups of the batch."""
+    seed: int | None = Field(None, ge=0)
+    """Of the random model and data; None: a fresh one, printed."""
+    tolerance: float | None = Field(None, gt=0)
+    """Largest relative difference that passes. None: 1e-5 in fp32 on a CPU, 1e-4 in fp32 on CUDA, 5e-2 in bf16."""
+    out: Path | None = None
+    """JSON file for every figure."""
