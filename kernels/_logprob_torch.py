@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megafuse.kernels._collectives import gather_ranks
+from megafuse.kernels._linear_parts import HiddenGradient, LinearOptions, WeightGradient, whole_sequence
 from megafuse.kernels._segments import pair_sums, segment_sums
 from megafuse.kernels._vocab_softmax import (
     Head,
@@ -62,26 +60,6 @@ class VocabParallelLogprobs(torch.autograd.Function):
         return out, None, None, None
 
 
-@dataclass(frozen=True)
-class RowMap:
-    """Which hidden row predicts which target. Built on the host, which must know the sizes."""
-
-    rows: Tensor | None  # [U] the distinct hidden rows, ascending; None: all of them
-    row: Tensor | None  # [T] position in `rows` of each target's row; None: U == T, in order
-    first: Tensor | None  # [U] one target of each row; None as above
-    count: int  # U
-
-
-@dataclass(frozen=True)
-class LinearOptions:
-    """The arguments of the linear log-probs that are no tensors."""
-
-    head: Head
-    rows: RowMap
-    sequence_parallel: bool
-    workspace_bytes: int
-
-
 class _Chunks:
     """Logits [R, columns] of consecutive hidden rows, in one buffer that is used again for every chunk.
 
@@ -120,16 +98,15 @@ class LinearLogprobs(torch.autograd.Function):
     """Log-probs from hidden [T_h, H] and weight [V_local, H], the logits existing one chunk at a time."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: LinearOptions) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: LinearOptions
+    ) -> tuple[Tensor, Tensor]:
         head, rows = options.head, options.rows
-        if options.sequence_parallel and head.group is not None:
-            full = gather_ranks(hidden, head.group).flatten(0, 1)
-        else:
-            full = hidden
+        full = whole_sequence(hidden, options)
         x = full if rows.rows is None else full.index_select(0, rows.rows)
         row = torch.arange(rows.count, device=x.device) if rows.row is None else rows.row
         chunks = _Chunks(x, weight, head, options.workspace_bytes)
-        stats = RowStats.empty(rows.count, x)
+        stats = RowStats.empty(rows.count, x, entropy=options.entropy)
         raw = torch.zeros(targets.shape, dtype=compute_dtype(x), device=x.device)
         for first in chunks.starts:
             z = chunks.logits(first)
@@ -143,11 +120,13 @@ class LinearLogprobs(torch.autograd.Function):
         ctx.options, ctx.hidden_rows = options, hidden.shape[0]
         # One chunk: its logits are kept, and backward turns them into the gradient in place.
         ctx.kept = chunks.flat if len(chunks.starts) == 1 else None
-        return found.logp()
+        entropy = stats.entropies(head)[row] if options.entropy else raw.new_empty(0)
+        ctx.mark_non_differentiable(entropy)
+        return found.logp(), entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, targets, *saved = ctx.saved_tensors
         options, found = ctx.options, TargetStats(*saved)
         head, rows = options.head, options.rows
@@ -165,8 +144,8 @@ class LinearLogprobs(torch.autograd.Function):
 
         chunks = _Chunks(x, weight, head, options.workspace_bytes)
         kept, ctx.kept = ctx.kept, None  # overwritten below: a second backward computes the logits again
-        dx = _HiddenGradient(x, options, ctx.hidden_rows) if need_x else None
-        dw = _WeightGradient(weight, head.columns, len(chunks.starts)) if need_w else None
+        dx = HiddenGradient(x, options, ctx.hidden_rows) if need_x else None
+        dw = WeightGradient(weight, head.columns, len(chunks.starts), options.main_grad) if need_w else None
         for first in chunks.starts:
             if kept is not None:
                 chunks.flat, z = kept, kept[:-1].view(x.shape[0], head.columns)
@@ -183,65 +162,3 @@ class LinearLogprobs(torch.autograd.Function):
             if dw is not None:
                 dw.add(z, x[part])
         return dx.finish() if dx is not None else None, dw.result() if dw is not None else None, None, None
-
-
-class _HiddenGradient:
-    """d loss / d hidden: the sum over the vocabulary shards, put back on the rows that it belongs to.
-
-    Ranks add in float32: a bfloat16 sum over many ranks would round once a hop.
-    """
-
-    def __init__(self, x: Tensor, options: LinearOptions, hidden_rows: int):
-        self.options, self.hidden_rows = options, hidden_rows
-        self.local = torch.empty_like(x, memory_format=torch.contiguous_format)  # [U, H], this rank's vocabulary only
-        self.sum = self.local
-        self.work: dist.Work | None = None
-
-    def start(self) -> None:
-        """Begin the reduction: all-reduce of the distinct rows, or reduce-scatter of the sequence."""
-        group = self.options.head.group
-        if group is None:
-            return
-        self.sum = self.local.to(compute_dtype(self.local))
-        if self.options.sequence_parallel:
-            full = self._scatter(self.sum, self.hidden_rows * group.size())
-            self.sum = full.new_empty((self.hidden_rows, full.shape[1]))
-            self.work = dist.reduce_scatter_tensor(self.sum, full, group=group, async_op=True)
-        else:
-            self.work = dist.all_reduce(self.sum, group=group, async_op=True)
-
-    def finish(self) -> Tensor:
-        """The gradient [rows of hidden, H] in the dtype of hidden."""
-        if self.work is not None:
-            self.work.wait()
-        grad = self.sum.to(self.local.dtype)
-        scattered = self.options.sequence_parallel and self.options.head.group is not None
-        return grad if scattered else self._scatter(grad, self.hidden_rows)
-
-    def _scatter(self, grad: Tensor, rows: int) -> Tensor:
-        index = self.options.rows.rows
-        return grad if index is None else grad.new_zeros((rows, grad.shape[1])).index_copy_(0, index, grad)
-
-
-class _WeightGradient:
-    """d loss / d weight [V_local, H]; several chunks add up in float32 and are rounded once, padded rows get 0."""
-
-    def __init__(self, weight: Tensor, columns: int, chunks: int):
-        dtype = compute_dtype(weight) if chunks > 1 else weight.dtype
-        self.weight, self.columns, self.direct = weight, columns, chunks == 1
-        self.sum = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-        self.sum[0 if chunks > 1 else columns :] = 0
-
-    def add(self, dz: Tensor, x: Tensor) -> None:
-        """Add `dz^T x` of one chunk."""
-        rows = self.sum[: self.columns]
-        if self.direct:
-            torch.mm(dz.t(), x, out=rows)
-        elif dz.dtype == rows.dtype:
-            rows.addmm_(dz.t(), x)
-        else:
-            rows += torch.mm(dz.t(), x)  # one rounding a chunk, none of the running sum
-
-    def result(self) -> Tensor:
-        """The gradient in the weight's dtype."""
-        return self.sum.to(self.weight.dtype)

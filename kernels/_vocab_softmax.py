@@ -82,12 +82,25 @@ class RowStats:
     largest: Tensor  # [U] float32 or float64
     rest: Tensor  # [U]
     top: Tensor  # [U] int64
+    spread: Tensor | None = None  # [U] sum of exp(z - largest) (z - largest), where entropies are wanted
 
     @staticmethod
-    def empty(rows: int, like: Tensor) -> RowStats:
+    def empty(rows: int, like: Tensor, *, entropy: bool = False) -> RowStats:
         """Statistics of rows without any column."""
         rest = torch.zeros(rows, dtype=compute_dtype(like), device=like.device)
-        return RowStats(torch.full_like(rest, -torch.inf), rest, torch.zeros_like(rest, dtype=torch.int64))
+        spread = torch.zeros_like(rest) if entropy else None
+        return RowStats(torch.full_like(rest, -torch.inf), rest, torch.zeros_like(rest, dtype=torch.int64), spread)
+
+    def entropies(self, head: Head) -> Tensor:
+        """Entropy [U] in nats of each row's distribution over the whole vocabulary: one all_gather of [3, U]."""
+        assert self.spread is not None
+        mine = torch.stack([self.largest, 1 + self.rest, self.spread])
+        parts = mine[None] if head.group is None else gather_ranks(mine, head.group)
+        gap = parts[:, 0] - parts[:, 0].amax(0)
+        share = torch.exp(gap)
+        total = (parts[:, 1] * share).sum(0)
+        spread = torch.where(share > 0, share * (parts[:, 2] + gap * parts[:, 1]), 0).sum(0)
+        return torch.log(total) - spread / total
 
 
 def _max(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,6 +125,8 @@ def add_row_stats(stats: RowStats, first: int, logits: Tensor, scratch: Scratch)
         z.scatter_(1, top[:, None], 0)
         out = slice(first + rows.start, first + rows.stop)
         stats.largest[out], stats.rest[out], stats.top[out] = best, z.sum(1), top
+        if stats.spread is not None:
+            stats.spread[out] = -torch.special.entr(z).sum(1)
 
 
 @dataclass

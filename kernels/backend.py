@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -13,6 +14,7 @@ from megafuse.errors import ConfigError
 
 BACKENDS = ("auto", "torch", "triton")
 TRITON_DTYPES = (torch.bfloat16, torch.float32)
+OLDEST_TRITON = (3, 4)  # host-side tensor descriptors; comes with torch 2.8
 _LOG = logging.getLogger("megafuse.kernels")
 
 
@@ -60,6 +62,9 @@ def _obstacle(device: torch.device) -> str:
     """Why Triton kernels cannot run on the device; empty when they can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
+    found = importlib.metadata.version("triton")
+    if tuple(int(n) for n in found.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {found} is older than {'.'.join(map(str, OLDEST_TRITON))}"
     if device.type == "cpu":
         return "" if interpreted() else "the tensors are on a CPU (TRITON_INTERPRET=1 runs the interpreter)"
     if device.type != "cuda" or torch.version.hip is not None:

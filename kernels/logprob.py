@@ -3,23 +3,27 @@
 Numerics of the `torch` backend: logits are the matrix product in the dtype of the parameters, as megatron-core's output
 layer computes them, then every operation on them is float32; float64 inputs stay float64 throughout and serve as the
 oracle. Log-probs never exceed 0. Backward has no float32 logits either: the kept logits become their gradient.
+The `triton` backend (CUDA, where `auto` takes it) never rounds logits at all: docs/kernels.md.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megafuse.errors import ConfigError, DataError
-from megafuse.kernels._logprob_torch import LinearLogprobs, LinearOptions, RowMap, VocabParallelLogprobs
+from megafuse.kernels._linear_parts import LinearOptions, RowMap
+from megafuse.kernels._logprob_torch import LinearLogprobs, VocabParallelLogprobs
 from megafuse.kernels._segments import segment_logprobs
-from megafuse.kernels._vocab_softmax import Head
+from megafuse.kernels._vocab_softmax import Head, compute_dtype
 from megafuse.kernels.backend import choose
 
-__all__ = ["linear_logprobs", "segment_logprobs", "vocab_parallel_logprobs"]
+__all__ = ["linear_logprobs", "linear_logprobs_and_entropy", "segment_logprobs", "vocab_parallel_logprobs"]
 
-BACKENDS = ("auto", "torch")
+ACCUMULATE = ("grad", "main_grad", "auto")
 
 
 def vocab_parallel_logprobs(
@@ -42,7 +46,8 @@ def vocab_parallel_logprobs(
     `inplace_backward` writes the gradient into the memory of `logits`: a second backward is then refused by autograd.
 
     Raises ConfigError on options or shapes that cannot work, DataError on a target outside the vocabulary. Targets are
-    only looked at on a CPU; on CUDA, where looking would stop the device, such a target has log-prob -inf.
+    only looked at on a CPU; on CUDA, where looking would stop the device, such a target has log-prob -inf. `backend`:
+    see `megafuse.kernels.backend.choose`.
     """
     if logits.ndim != 2 or targets.shape != logits.shape[:1]:
         raise ConfigError(f"logits {list(logits.shape)} must be [T, V] and targets {list(targets.shape)} [T]")
@@ -74,22 +79,74 @@ def linear_logprobs(
     workspace_bytes: int = 1 << 30,
     backend: str = "auto",
     vocab_size: int | None = None,
+    accumulate: str = "grad",
 ) -> Tensor:
     """Log-probs [T] float32 of `targets [T]` under the logits `hidden @ weight.T`, which are never all in memory.
 
     `hidden [T_h, H]` is the same on all ranks of `tp_group`, or, with `sequence_parallel`, this rank's T_h / tp rows of
     the sequence. `weight [V_local, H]` holds the ids `vocab_start ...`. `row_index [T]` names the row of the whole
-    sequence that predicts each target (default: row t predicts target t); each distinct row is multiplied once however
-    often it occurs. It is needed on the host: pass it on the CPU, or a CUDA stream is waited for.
+    sequence that predicts each target (default: row t predicts target t), and rows may repeat. It is needed on the
+    host: pass it on the CPU, or a CUDA stream is waited for.
 
-    At most `workspace_bytes` of logits exist at once (one row at least). If all rows fit they are kept for backward,
-    otherwise backward computes them again. Gradients: `weight` accumulates in float32 over the chunks and is rounded
-    once; `hidden` is summed over `tp_group` in float32 (all-reduce, or reduce-scatter with `sequence_parallel`). A call
-    without targets takes part in every collective and gives zero gradients. Other arguments and errors: see
-    `vocab_parallel_logprobs`; DataError also on a `row_index` outside the sequence, ConfigError on another `backend`.
+    At most `workspace_bytes` of logits (`torch`) or of their exponentials (`triton`) exist at once, one row at least.
+    What fits is kept for backward, the rest is computed again; without a gradient to come, `triton` keeps none.
+    Gradients: `hidden` is summed over `tp_group` in float32 (all-reduce, or reduce-scatter with `sequence_parallel`);
+    `weight` accumulates in float32 over the chunks and is rounded once. A call without targets takes part in every
+    collective and gives zero gradients.
+
+    `accumulate` says where the weight's gradient goes: "grad" returns it to autograd; "main_grad" adds it in float32
+    to `weight.main_grad` and sets `weight.grad_added_to_main_grad`, megatron-core's protocol, right for tied embeddings
+    (`weight.zero_out_wgrad`) and earlier micro-batches; "auto" does so if the weight has both attributes.
+
+    Other arguments and errors: see `vocab_parallel_logprobs`. DataError also on a `row_index` outside the sequence,
+    ConfigError on `accumulate="main_grad"` without a float32 `main_grad` of the weight's shape.
     """
-    if backend not in BACKENDS:
-        raise ConfigError(f"backend={backend!r} is not known here: use one of {', '.join(BACKENDS)}")
+    return _linear(
+        hidden,
+        weight,
+        targets,
+        entropy=False,
+        row_index=row_index,
+        vocab_start=vocab_start,
+        tp_group=tp_group,
+        sequence_parallel=sequence_parallel,
+        temperature=temperature,
+        softcap=softcap,
+        workspace_bytes=workspace_bytes,
+        backend=backend,
+        vocab_size=vocab_size,
+        accumulate=accumulate,
+    )[0]
+
+
+def linear_logprobs_and_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`linear_logprobs` and, from the same product, the entropy [T] in nats of the distribution behind each target.
+
+    The entropy has no gradient. Options and errors: those of `linear_logprobs`.
+    """
+    return _linear(hidden, weight, targets, entropy=True, **options)
+
+
+def _linear(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    entropy: bool,
+    row_index: Tensor | None = None,
+    vocab_start: int = 0,
+    tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    workspace_bytes: int = 1 << 30,
+    backend: str = "auto",
+    vocab_size: int | None = None,
+    accumulate: str = "grad",
+) -> tuple[Tensor, Tensor]:
+    """(log-probs [T], entropies [T] or [0])."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.ndim != 1:
         raise ConfigError(
             f"hidden {list(hidden.shape)} must be [T_h, H], weight {list(weight.shape)} [V, H], "
@@ -97,15 +154,45 @@ def linear_logprobs(
         )
     if hidden.dtype != weight.dtype:
         raise ConfigError(f"hidden is {hidden.dtype} but weight is {weight.dtype}: cast one of them")
+    _check_tensors(hidden=hidden, weight=weight, targets=targets)
     if workspace_bytes <= 0:
         raise ConfigError(f"workspace_bytes={workspace_bytes} must be positive")
     head = _head(weight.shape[0], vocab_start, vocab_size, tp_group, temperature, softcap)
     _check_targets(targets, head, vocab_size)
     sequence = hidden.shape[0] * (head.group.size() if sequence_parallel and head.group is not None else 1)
     rows = _row_map(row_index, targets, sequence, hidden.device)
-    options = LinearOptions(head, rows, sequence_parallel, workspace_bytes)
-    logp = LinearLogprobs.apply(hidden, weight, targets, options)
-    return _owned_somewhere(logp, targets, head, vocab_size)
+    main_grad = _into_main_grad(weight, accumulate)
+    gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    options = LinearOptions(head, rows, sequence_parallel, workspace_bytes, entropy, main_grad, gradient)
+    if choose(backend, hidden.device, hidden.dtype) == "triton":
+        if weight.numel() and weight.stride(1) != 1:
+            raise ConfigError(f"weight has strides {weight.stride()}: its rows must be contiguous (stride 1)")
+        from megafuse.kernels._linear_triton import TritonLinearLogprobs
+
+        logp, entropies = TritonLinearLogprobs.apply(hidden, weight, targets, options)
+    else:
+        logp, entropies = LinearLogprobs.apply(hidden, weight, targets, options)
+    return _owned_somewhere(logp, targets, head, vocab_size), entropies
+
+
+def _into_main_grad(weight: Tensor, accumulate: str) -> bool:
+    """Whether the weight's gradient is added to `weight.main_grad`."""
+    if accumulate not in ACCUMULATE:
+        raise ConfigError(f"accumulate={accumulate!r} is not known: use one of {', '.join(ACCUMULATE)}")
+    if accumulate == "grad":
+        return False
+    main_grad = getattr(weight, "main_grad", None)
+    if accumulate == "auto" and (main_grad is None or not hasattr(weight, "grad_added_to_main_grad")):
+        return False
+    if main_grad is None:
+        raise ConfigError("accumulate='main_grad', but weight has no attribute main_grad: use accumulate='grad'")
+    wide = compute_dtype(weight)
+    if main_grad.shape != weight.shape or main_grad.dtype != wide or main_grad.device != weight.device:
+        found = f"{list(main_grad.shape)} {main_grad.dtype} on {main_grad.device}"
+        if accumulate == "auto":
+            return False
+        raise ConfigError(f"weight.main_grad is {found}: {list(weight.shape)} {wide} on {weight.device} is needed")
+    return True
 
 
 def _head(

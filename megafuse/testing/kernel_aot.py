@@ -37,6 +37,8 @@ def builds() -> Iterator[Build]:
     yield from _logits()
     yield from _segments()
     yield from _heads()
+    yield from _products()
+    yield from _linear()
 
 
 def _logits() -> Iterator[Build]:
@@ -48,7 +50,7 @@ def _logits() -> Iterator[Build]:
         for dtype in ("bf16", "fp32"):
             constants = {"CAPPED": capped, "BLOCK": 4096}
             types = {"logits": f"*{dtype}", "stride": "i32", "targets": "*i64", "stats": "*fp32", **sizes}
-            aligned = ("logits", "stride", "targets", "stats", "rows", "columns")
+            aligned: tuple[str, ...] = ("logits", "stride", "targets", "stats", "rows", "columns")
             yield Build(f"row_stats-{dtype}-cap{capped:d}", row_stats, types, constants, wide, aligned)
             types = {
                 **types,
@@ -95,6 +97,72 @@ def _heads() -> Iterator[Build]:
         yield Build(f"terms_rloo-clipped{clipped:d}", terms_rloo, types, constants)
     yield Build("reduce_terms", reduce_terms, types, {"BLOCK": 64})
     yield Build("sums_gradient", sums_gradient, types, {"BLOCK": 64})
+
+
+def _products() -> Iterator[Build]:
+    """The large product as `_linear_triton.plan` cuts it for sm_90, and with the loads and tiles of other devices."""
+    from megafuse.kernels._linear_triton import Tiles
+    from megafuse.kernels._triton_gemm import exp_product
+
+    hopper, entropy = Tiles(), Tiles(bn=128, stages=3)
+    older, single = Tiles(128, 128, 64, stages=3, tma=False), Tiles(64, 64, 32, warps=4, stages=3, tma=False)
+    plain = {"CAPPED": False, "STORE": True, "ENTROPY": False, "MAXIMUM": False, "GUARDED": False}
+    variants = {
+        "keep": (hopper, plain),
+        "forward": (hopper, {**plain, "STORE": False}),
+        "keep-cap": (hopper, {**plain, "CAPPED": True}),
+        "keep-guarded": (hopper, {**plain, "GUARDED": True}),
+        "maximum": (hopper, {**plain, "STORE": False, "MAXIMUM": True, "GUARDED": True}),
+        "entropy": (entropy, {**plain, "ENTROPY": True}),
+        "pointers": (older, plain),
+        "fp32": (single, plain),
+    }
+    for name, (tiles, flags) in variants.items():
+        dtype = "fp32" if name == "fp32" else "bf16"
+        types = dict.fromkeys(("rows", "columns", "start", "x_stride", "weight_stride", "e_stride"), "i32")
+        types |= {"scale": "fp32", "cap": "fp32", "targets": "*i64", "anchors": "*fp32", "parts": "*fp32"}
+        types |= {"spreads": "*fp32", "marked": "*i32", "flag": "*i32"}
+        blocks = {"x": (tiles.bm, tiles.bk), "weight": (tiles.bn, tiles.bk), "e": (tiles.bm, tiles.bn // 2)}
+        for operand, block in blocks.items():
+            types[operand] = f"tensordesc<{dtype}{list(block)}>" if tiles.tma else f"*{dtype}"
+        sizes = {"BM": tiles.bm, "BN": tiles.bn, "BK": tiles.bk, "GROUP": 16, "PROGRAMS": 132, "WIDTH": 4096}
+        constants = {**flags, **sizes, "TMA": tiles.tma, "UPCAST": False}
+        aligned: tuple[str, ...] = ("anchors", "parts", "rows", "columns")
+        if not tiles.tma:
+            aligned += ("x", "weight", "e", "x_stride", "weight_stride", "e_stride")
+        options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+        yield Build(f"exp_product-{name}", exp_product, types, constants, options, aligned)
+
+
+def _linear() -> Iterator[Build]:
+    from megafuse.kernels import _triton_linear as linear
+
+    types = dict.fromkeys(("z", "parts", "spreads", "sums", "spread", "maxima", "anchors", "logp", "entropy"), "*fp32")
+    types |= dict.fromkeys(("saved", "v", "factor", "patch", "grad"), "*fp32")
+    types |= dict.fromkeys(("hidden", "weight", "x", "e", "scaled", "product", "out"), "*bf16")
+    types |= dict.fromkeys(("index", "targets", "order", "ends"), "*i64") | dict.fromkeys(("marked", "flag"), "*i32")
+    types |= dict.fromkeys(("scale", "cap", "slope_scale"), "fp32")
+    types |= dict.fromkeys(("hidden_stride", "weight_stride", "e_stride", "width", "start", "columns"), "i32")
+    types |= dict.fromkeys(("tiles", "rows", "ranks"), "i32")
+    wide = ("hidden", "weight", "x", "e", "scaled", "product", "out", "hidden_stride", "weight_stride", "width")
+    for on in (False, True):
+        constants: dict[str, Any] = {"INDEXED": on, "CAPPED": on, "BLOCK": 2048}
+        yield _linear_build(f"target_logits-{on:d}", linear.target_logits, types, constants, wide)
+        constants = {"ENTROPY": on, "MARK": True, "BLOCK": 128}
+        yield _linear_build(f"sum_tiles-{on:d}", linear.sum_tiles, types, constants)
+        constants = {"CAPPED": on, "ENTROPY": on, "BLOCK": 128}
+        yield _linear_build(f"finish_targets-{on:d}", linear.finish_targets, types, constants)
+        constants = {"SCALED": on, "BLOCK": 2048}
+        yield _linear_build(f"bind_gradient-{on:d}", linear.bind_gradient, types, constants, wide)
+        constants = {"REPEATED": on, "BLOCK": 1024}
+        yield _linear_build(f"fold_rows-{on:d}", linear.fold_rows, types, constants, wide)
+    yield _linear_build("move_anchors", linear.move_anchors, types, {"BLOCK": 128})
+
+
+def _linear_build(
+    name: str, kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], wide: tuple[str, ...] = ()
+) -> Build:
+    return Build(name, kernel, types, constants, {}, tuple(n for n in wide if n in kernel.arg_names))
 
 
 def compile_one(build: Build, folder: Path, capability: int = 90) -> dict[str, Any]:

@@ -1,0 +1,297 @@
+"""The `triton` backend of the linear log-probs: three matrix products for any loss. Import after `backend.choose`.
+
+Forward: the target's own logit, then the product whose epilogue is the softmax (`_triton_gemm`), chunk by chunk; only
+the last chunk's exponentials E are stored, if a gradient is to come. Backward: E's target entries are patched, then
+two plain products, `v (E W)` and `E^T (v x)`; earlier chunks make E again first. With all rows in one chunk that is 3
+products, otherwise 3 plus the share of rows that were not kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megafuse.kernels._collectives import gather_ranks
+from megafuse.kernels._linear_parts import HiddenGradient, LinearOptions, WeightGradient, whole_sequence
+from megafuse.kernels._triton_gemm import exp_product
+from megafuse.kernels._triton_linear import (
+    bind_gradient,
+    finish_targets,
+    fold_rows,
+    move_anchors,
+    sum_tiles,
+    target_logits,
+)
+from megafuse.kernels._vocab_softmax import Head
+from megafuse.kernels.backend import on_device
+
+ROWS = 128  # rows of one program of the per-row kernels
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the large product is cut. The defaults are what fits sm_90: 230 KB of shared memory, 255 registers."""
+
+    bm: int = 128
+    bn: int = 256
+    bk: int = 64
+    warps: int = 8
+    stages: int = 4
+    tma: bool = True
+    upcast: bool = False  # the interpreter only
+    programs: int = 132
+
+
+def plan(x: Tensor, weight: Tensor, entropy: bool) -> Tiles:
+    """Tiles for the device, the dtype and the alignment of the operands."""
+    aligned = all(
+        t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0
+        for t in (x, weight)
+    )
+    aligned = aligned and importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+    if x.device.type == "cpu":  # big tiles: the interpreter pays per operation, not per element
+        wide = min(triton.next_power_of_2(max(x.shape[1], 16)), 512)
+        return Tiles(32, 128, wide, tma=aligned, upcast=True, programs=2)
+    major, programs = _device(x.device)
+    if x.dtype == torch.float32:
+        return Tiles(64, 64, 32, warps=4, stages=3, tma=False, programs=2 * programs)
+    if major < 9 or not aligned:
+        return Tiles(128, 128, 64, stages=3, tma=False, programs=programs)
+    # The entropy's temporaries need a smaller accumulator.
+    return Tiles(bn=128, stages=3, programs=programs) if entropy else Tiles(programs=programs)
+
+
+@functools.cache
+def _device(device: torch.device) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.multi_processor_count
+
+
+class Product:
+    """Launches the large product for chunks of rows, on one workspace."""
+
+    def __init__(self, x: Tensor, weight: Tensor, targets: Tensor, options: LinearOptions):
+        keep = options.gradient
+        self.x, self.weight, self.targets, self.options = x, weight, targets, options
+        self.head = options.head
+        self.tiles = plan(x, weight, options.entropy)
+        self.count = triton.cdiv(self.head.columns, self.tiles.bn)  # column tiles
+        self.stride = triton.cdiv(max(self.head.columns, 1), 64) * 64  # TMA wants rows of E on 16-byte borders
+        row_bytes = self.stride * x.element_size() + 12 * self.count if keep else 12 * self.count
+        fit = max(1, options.workspace_bytes // max(row_bytes, 1))
+        fit = fit // self.tiles.bm * self.tiles.bm or fit
+        self.size = max(1, min(x.shape[0], fit))
+        self.starts = range(0, x.shape[0], self.size)
+        self.e = x.new_empty((self.size, self.stride)) if keep else None
+        self.held: slice | None = None  # the chunk whose E is in the workspace
+
+    def chunk(self, first: int) -> slice:
+        """Rows of the chunk that starts at `first`."""
+        return slice(first, min(first + self.size, self.x.shape[0]))
+
+    def exponentials(self, rows: slice) -> Tensor:
+        """The workspace [R, columns] that holds E of a chunk."""
+        assert self.e is not None
+        return self.e[: rows.stop - rows.start, : self.head.columns]
+
+    def measure(self, rows: slice, anchors: Tensor, sums: Tensor, spread: Tensor, store: bool) -> None:
+        """Fill `sums [T]` (and `spread [T]`) for the rows, moving `anchors [T]` where exponentials would overflow."""
+        n, new = rows.stop - rows.start, anchors.new_empty
+        parts, maxima = new((self.count, n)), new((self.count, n))
+        spreads = new((self.count, n)) if self.options.entropy else parts
+        marked = torch.empty(n, dtype=torch.int32, device=anchors.device)
+        flag = torch.zeros(1, dtype=torch.int32, device=anchors.device)
+        grid = (triton.cdiv(n, ROWS),)
+        launch = functools.partial(self._launch, rows, anchors, spreads=spreads, marked=marked, flag=flag)
+        wide = spread[rows] if self.options.entropy else sums
+        finish = functools.partial(
+            sum_tiles[grid],
+            *(parts, spreads, sums[rows], wide, marked, flag, self.count, n),
+            ENTROPY=self.options.entropy,
+            BLOCK=ROWS,
+        )
+        launch(parts=parts, store=store)
+        finish(MARK=True)
+        # From here on nothing happens, at the cost of four empty launches, unless a row was marked.
+        launch(parts=maxima, store=False, maximum=True, guarded=True)
+        move_anchors[grid](maxima, marked, flag, anchors[rows], self.count, n, BLOCK=ROWS)
+        launch(parts=parts, store=store, guarded=True)
+        finish(MARK=False)
+        self.held = rows if store else None
+
+    def again(self, rows: slice, anchors: Tensor) -> None:
+        """E of a chunk once more, with the anchors that forward settled on."""
+        parts = anchors.new_empty((self.count, rows.stop - rows.start))
+        unread = torch.empty(1, dtype=torch.int32, device=anchors.device)
+        self._launch(
+            *(rows, anchors), parts=parts, spreads=parts, marked=unread, flag=unread, store=True, entropy=False
+        )
+        self.held = rows
+
+    def _launch(
+        self,
+        rows: slice,
+        anchors: Tensor,
+        *,
+        parts: Tensor,
+        spreads: Tensor,
+        marked: Tensor,
+        flag: Tensor,
+        store: bool,
+        maximum: bool = False,
+        guarded: bool = False,
+        entropy: bool | None = None,
+    ) -> None:
+        t, head = self.tiles, self.head
+        n = rows.stop - rows.start
+        if not n or not head.columns:
+            return
+        x, weight = self.x[rows], self.weight[: head.columns]
+        e = self.exponentials(rows) if store else x
+        operands: tuple[Any, ...] = _descriptors(x, weight, e, t, store) if t.tma else (x, weight, e)
+        grid = (min(t.programs, triton.cdiv(n, t.bm) * self.count),)
+        exp_product[grid](
+            *(*operands, self.targets[rows], anchors[rows], parts, spreads, marked, flag),
+            *(n, head.columns, head.start, x.stride(0), weight.stride(0), e.stride(0)),
+            *transform_arguments(head),
+            WIDTH=x.shape[1],
+            CAPPED=head.softcap is not None,
+            STORE=store,
+            ENTROPY=self.options.entropy if entropy is None else entropy,
+            MAXIMUM=maximum,
+            GUARDED=guarded,
+            TMA=t.tma,
+            UPCAST=t.upcast,
+            BM=t.bm,
+            BN=t.bn,
+            BK=t.bk,
+            GROUP=16,
+            PROGRAMS=grid[0],
+            num_warps=t.warps,
+            num_stages=t.stages,
+        )
+
+
+def _descriptors(x: Tensor, weight: Tensor, e: Tensor, t: Tiles, store: bool) -> tuple[Any, Any, Any]:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    def describe(tensor: Tensor, block: list[int]) -> Any:
+        return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+
+    rows = describe(x, [t.bm, t.bk])
+    return rows, describe(weight, [t.bn, t.bk]), describe(e, [t.bm, t.bn // 2]) if store else rows
+
+
+def transform_arguments(head: Head) -> tuple[float, float]:
+    """`scale, cap` of `_triton_math.transform`."""
+    return 1.0 / head.temperature, head.softcap or 1.0
+
+
+def gather_targets(hidden: Tensor, weight: Tensor, targets: Tensor, options: LinearOptions) -> tuple[Tensor, Tensor]:
+    """(hidden row of each target [T, H], z of each target [T], the same on all ranks)."""
+    head, rows = options.head, options.rows
+    index = rows.rows if rows.row is None else rows.row if rows.rows is None else rows.rows[rows.row]
+    n, width = targets.shape[0], hidden.shape[1]
+    x = hidden if index is None else hidden.new_empty((n, width))
+    z = torch.empty(n, dtype=torch.float32, device=hidden.device)
+    if n:
+        target_logits[(n,)](
+            *(hidden, hidden.stride(0), weight, weight.stride(0), targets if index is None else index, targets, x, z),
+            *(width, head.start, head.columns, *transform_arguments(head)),
+            INDEXED=index is not None,
+            CAPPED=head.softcap is not None,
+            BLOCK=min(triton.next_power_of_2(width), 2048),
+        )
+    return x, z if head.group is None else gather_ranks(z, head.group).amax(0)
+
+
+class TritonLinearLogprobs(torch.autograd.Function):
+    """The Triton twin of `_logprob_torch.LinearLogprobs`; a row that predicts several targets is computed for each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: LinearOptions
+    ) -> tuple[Tensor, Tensor]:
+        head, targets = options.head, targets.contiguous()
+        with on_device(hidden):
+            x, z = gather_targets(whole_sequence(hidden, options).contiguous(), weight, targets, options)
+            product = Product(x, weight, targets, options)
+            n = targets.shape[0]
+            stats = z.new_zeros((3 if options.entropy else 2, n))
+            anchors, sums = stats[0], stats[1]
+            anchors.copy_(z.masked_fill(z == -torch.inf, 0))
+            for first in product.starts:
+                rows = product.chunk(first)
+                product.measure(rows, anchors, sums, stats[-1], options.gradient and rows.stop == n)
+            parts = stats[None] if head.group is None else gather_ranks(stats, head.group)
+            logp, saved = z.new_empty(n), z.new_empty((2, n))
+            entropy = z.new_empty(n if options.entropy else 0)
+            if n:
+                finish_targets[(triton.cdiv(n, ROWS),)](
+                    *(parts, parts.shape[0], anchors, z, logp, entropy, saved, n),
+                    head.temperature / (head.softcap or 1.0),
+                    CAPPED=head.softcap is not None,
+                    ENTROPY=options.entropy,
+                    BLOCK=ROWS,
+                )
+        ctx.save_for_backward(x, weight, targets, anchors, saved)
+        ctx.options, ctx.hidden_rows = options, hidden.shape[0]
+        ctx.product = product if options.gradient else None
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, targets, anchors, saved = ctx.saved_tensors
+        options, product = ctx.options, ctx.product
+        head, rows = options.head, options.rows
+        need_x, need_w = ctx.needs_input_grad[:2]
+        grad = grad.contiguous()
+        v = torch.empty_like(anchors)
+        folded = torch.float32 if head.group is not None else None
+        dx = HiddenGradient(x, options, ctx.hidden_rows, folded) if need_x else None
+        dw = WeightGradient(weight, head.columns, len(product.starts) or 1, options.main_grad) if need_w else None
+        dense = torch.empty_like(x) if need_x else x  # E W of each target
+        with on_device(x):
+            for first in reversed(product.starts):  # the last chunk's E is still there
+                part = product.chunk(first)
+                if product.held != part:
+                    product.again(part, anchors)
+                e = product.exponentials(part)
+                scaled = torch.empty_like(x[part]) if dw is not None else x[part]
+                bind_gradient[(e.shape[0],)](
+                    *(e, e.stride(0), x[part], scaled, v[part], targets[part], grad[part], saved[0, part]),
+                    *(saved[1, part], x.shape[1], head.start, head.columns, 1.0 / head.temperature),
+                    SCALED=dw is not None,
+                    BLOCK=min(triton.next_power_of_2(x.shape[1]), 2048),
+                )
+                if dx is not None:
+                    torch.mm(e, weight[: head.columns], out=dense[part])
+                    if first == 0:
+                        _fold(dense, v, rows.row, dx.local)
+                        dx.start()  # the ranks' parts travel while the weight's gradient is computed
+                if dw is not None:
+                    dw.add(e, scaled)
+        if dx is not None and not product.starts:
+            dx.start()  # without targets: zeros, but the collective is the other ranks' too
+        return dx.finish() if dx is not None else None, dw.result() if dw is not None else None, None, None
+
+
+def _fold(dense: Tensor, v: Tensor, row: Tensor | None, out: Tensor) -> None:
+    """`out [U, H]`: the products `dense [T, H]` times `v [T]`, added up where targets share a row."""
+    order = ends = v
+    if row is not None:
+        ranked, order = torch.sort(row, stable=True)
+        ends = torch.searchsorted(ranked, torch.arange(out.shape[0], device=row.device), right=True)
+    block = min(triton.next_power_of_2(dense.shape[1]), 1024)
+    fold_rows[(out.shape[0], triton.cdiv(dense.shape[1], block))](
+        dense, v, order, ends, out, dense.shape[1], REPEATED=row is not None, BLOCK=block
+    )
