@@ -3,6 +3,7 @@
 A multiply and an add count as two. For one decoder layer of width h, ffn f, n query and k key/value heads of size d:
 
     linear weights   W = h*(n + 2k)*d + n*d*h + 3*h*f      (q k v, output, gate up down)
+                     with E experts of width e, c of them a token: 3*h*e*c + h*E (the router) in place of 3*h*f
     forward          2 * W            a computed token     and  4*d*n  an attended (query, key) pair
     LM head          2 * h * V        a row of logits: only rows that predict a response token, each once
     backward         twice the forward: one product for the input's gradient, one for the weight's
@@ -26,11 +27,23 @@ if TYPE_CHECKING:
 
 
 def flops_per_token(arch: "ModelArch") -> int:
-    """Forward FLOPs of one token in all linear layers but the LM head."""
+    """Forward FLOPs of one token in all linear layers but the LM head; of experts, those that the token is sent to."""
     query_key_value = arch.hidden_size * (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
     output = arch.num_heads * arch.head_dim * arch.hidden_size
-    gated_mlp = 3 * arch.hidden_size * arch.ffn_hidden_size
-    return 2 * arch.num_layers * (query_key_value + output + gated_mlp)
+    return 2 * arch.num_layers * (query_key_value + output + _mlp_weights(arch))
+
+
+def _mlp_weights(arch: "ModelArch") -> int:
+    """Weights of one layer's MLP that a token meets: all of a gated MLP, or the router and the chosen experts."""
+    if arch.num_experts is None:
+        return 3 * arch.hidden_size * arch.ffn_hidden_size
+    if arch.experts_per_token is None or arch.moe_ffn_hidden_size is None:
+        raise ConfigError(
+            f"a model with num_experts = {arch.num_experts} needs experts_per_token and moe_ffn_hidden_size, got "
+            f"{arch.experts_per_token} and {arch.moe_ffn_hidden_size}; read the architecture with read_arch"
+        )
+    experts = arch.experts_per_token * 3 * arch.hidden_size * arch.moe_ffn_hidden_size
+    return experts + arch.hidden_size * arch.num_experts
 
 
 def flops_per_pair(arch: "ModelArch") -> int:
@@ -47,7 +60,7 @@ def model_flops(arch: "ModelArch", tokens: int, head_rows: int, pairs: int, back
     """FLOPs that the model asks for, forward and (unless `backward` is False) backward. Exact integers.
 
     Arguments:
-        arch: sizes of the model (dense, gated MLP).
+        arch: sizes of the model (gated MLP, or experts that are gated MLPs).
         tokens: tokens computed, padding excluded; a shared prompt once.
         head_rows: distinct rows of logits.
         pairs: (query, key) pairs that the attention mask admits, summed over the rows (see `group_pairs`).

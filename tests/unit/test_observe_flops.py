@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from megafuse.errors import ConfigError
 from megafuse.model.arch import ModelArch
@@ -67,6 +67,32 @@ def test_against_torch_counter(sizes: ModelArch, kept: int) -> None:
     with FlopCounterMode(display=False) as counter:
         model(ids, logits_to_keep=kept).logits.sum().backward()
     assert counter.get_total_flops() == model_flops(sizes, **numbers)
+
+
+@pytest.mark.parametrize("experts", [(6, 2, 20), (5, 5, 7)])
+def test_experts_against_torch_counter(experts: tuple[int, int, int]) -> None:
+    """Every token goes to so many experts and no other; the router sees every token."""
+    count, chosen, width = experts
+    sizes = replace(
+        sizes_of(2, 32, 999, 4, 2, 16, 77), num_experts=count, experts_per_token=chosen, moe_ffn_hidden_size=width
+    )
+    config = Qwen3MoeConfig(
+        hidden_size=32, intermediate_size=999, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, vocab_size=77, num_experts=count, num_experts_per_tok=chosen, moe_intermediate_size=width,
+        attn_implementation="eager", experts_implementation="eager",
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config)
+    batch, length = 3, 11
+    ids = torch.randint(77, (batch, length))
+    numbers = {"tokens": batch * length, "head_rows": batch * length, "pairs": batch * length**2}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(ids)
+    assert counter.get_total_flops() == model_flops(sizes, **numbers, backward=False)
+    with FlopCounterMode(display=False) as counter:
+        model(ids).logits.sum().backward()
+    assert counter.get_total_flops() == model_flops(sizes, **numbers)
+    with pytest.raises(ConfigError, match="num_experts = 6 needs experts_per_token and moe_ffn_hidden_size, got 2 "):
+        flops_per_token(replace(sizes, num_experts=6, experts_per_token=2, moe_ffn_hidden_size=None))
 
 
 def test_linear_flops_are_two_a_parameter() -> None:
