@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megafuse.cli.bench import CONFIG as BENCH_CONFIG
 from megafuse.cli.build import CONFIG as BUILD_CONFIG
 from megafuse.cli.reference import CONFIG as REFERENCE_CONFIG
 from megafuse.cli.train import CONFIG as TRAIN_CONFIG
@@ -154,6 +155,20 @@ def test_fusepo(cluster: Cluster) -> None:
     assert (train.parallel.tensor, train.parallel.pipeline, train.parallel.sequence) == (1, 2, False)
     ports = [int(re.search(r"--rdzv-endpoint=\w+:(\d+)", s)[1]) for s in starts]  # type: ignore[index]
     assert ports[0] != ports[1] and all(20000 <= port < 32768 for port in ports)
+
+
+def test_bench(cluster: Cluster) -> None:
+    data = str(cluster.folder / "data" / "a.jsonl.gz")
+    status, lines, output = cluster.submit(
+        "bench.sh", "--sources", "2", "8", DATA=data, MODEL="llama-3.2-1b", TP="4", TRACE="/traces"
+    )
+    assert status == 0, output
+    starts = [line for line in lines if line.startswith("torchrun ")]
+    assert len(starts) == 2 and "--nnodes=2 --nproc-per-node=8 " in starts[0]
+    config = parse(BENCH_CONFIG, words(starts[0], "megafuse bench"), prog="", description="")
+    assert (str(config.model.path), str(config.data.path), config.sources) == ("llama-3.2-1b", data, (2, 8))
+    assert config.out == cluster.folder / "run" / "bench-123456.json" and str(config.observe.trace) == "/traces"
+    assert (config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence) == (4, 1, True)
 
 
 @pytest.mark.parametrize("script", ["fusesft_llama8b.sh", "fusepo_llama8b.sh"])

@@ -1,0 +1,33 @@
+"""`megafuse bench`: how fast training would be, on real lengths, with random weights."""
+
+from megafuse.config.bench import BenchConfig
+
+DESCRIPTION = """Measure end-to-end training throughput: any target's shape, any data's lengths, any loss and layout.
+
+Weights and tokens are random, lengths are real: nothing is downloaded, and no tokenizer is needed. For every number of
+sources, with prefix-shared and with separate rows: seconds a step, prompts/s, responses/s, tokens/s, MFU, peak memory,
+and where the time goes. Runs alone, under torchrun (`torchrun --nproc-per-node=8 -m megafuse bench ...`), or as a bare
+srun step; slurm/bench.sh submits it."""
+CONFIG = BenchConfig
+
+
+def run(config: BenchConfig) -> int:
+    """Measure, print the table on rank 0; returns the exit code."""
+    import sys
+
+    from megafuse.parallel.quiet import quiet_dependencies
+
+    with quiet_dependencies():
+        from rich.console import Console
+
+        from megafuse.bench.report import tables
+        from megafuse.bench.run import bench
+
+        report = bench(config)
+    if report:
+        console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+        for table in tables(report):
+            console.print(table)
+        if config.out:
+            console.print(f"written: {config.out}")
+    return 0
