@@ -106,7 +106,7 @@ class RowPlanner:
         shape: RowShape = RowShape(),
     ) -> None:
         """Groups up to `max_group_tokens` (None: `max_row_tokens`) are packed; one above `max_row_tokens` makes the
-        rows of its step as long as it needs.
+        rows of its step as long as it needs, where rows are not of fixed length.
 
         Raises:
             DataError: when a group is longer than that.
@@ -115,7 +115,8 @@ class RowPlanner:
         lengths = (data.prompt_lengths, flat, offsets)
         self.shape = shape
         self.budget = max_row_tokens // shape.multiple * shape.multiple
-        limit = max(max_group_tokens or max_row_tokens, max_row_tokens) // shape.multiple * shape.multiple
+        longest = max_row_tokens if shape.lengths == "fixed" else max(max_group_tokens or 0, max_row_tokens)
+        limit = longest // shape.multiple * shape.multiple
         self.useful = data.group_lengths
         self.tokens = group_tokens(*lengths, prefix_sharing=prefix_sharing)
         self.pairs = group_cost(*lengths, linear_cost=0.0, attention_cost=1.0, prefix_sharing=prefix_sharing)

@@ -25,6 +25,7 @@ from megafuse.observe.metrics import MetricsLog
 from megafuse.observe.progress import Progress
 from megafuse.parallel.layouts import check_layout
 from megafuse.parallel.topology import Topology, layout, process_groups, world_size_here
+from megafuse.parallel.tp_overlap import user_buffers
 from megafuse.reference.cache import ReferenceLogps, is_complete, read_cache
 from megafuse.reference.compute import write_reference
 from megafuse.reference.digest import reference_digest
@@ -91,6 +92,12 @@ class _Run:
             self._say(f"{config.run_dir} is complete: {newest}")
             return newest
         planner = row_planner(config, self.data, self.arch, topology, self.backend)
+        overlap = self.backend.policy.tp_comm_overlap
+        with user_buffers(overlap, topology, row_tokens=planner.budget, hidden=self.arch.hidden_size):
+            return self._train(planner, sampler, newest, total)
+
+    def _train(self, planner: RowPlanner, sampler: BatchSampler, newest: Path | None, total: int) -> Path:
+        config, topology = self.config, self.topology
         model = build_model(self.arch, config.parallel, topology, self.backend, recompute=config.model.recompute)
         self._say(f"world {topology.world_size} on {topology.device.type}, {self.backend}, {total} steps")
         reference = self._reference(model, planner)

@@ -131,7 +131,7 @@ def test_a_group_longer_than_a_row_gets_a_longer_row_up_to_the_stated_limit(data
     assert max(planner.plan(np.array([longest])).lengths[0]) == size
     others = np.array([g for g in range(len(data)) if data.group_lengths[g] < size])
     assert max(planner.plan(others).lengths[0]) < size
-    with pytest.raises(ConfigError, match=r"max_row_tokens = 8 is less than one place for each of 16 parts"):
+    with pytest.raises(ConfigError, match=r"max_row_tokens = 8 is less than one place for each of the 16 parts"):
         RowPlanner(data, ARCH, max_row_tokens=8, prefix_sharing=True, shape=RowShape(multiple=16))
 
 
