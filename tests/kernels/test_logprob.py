@@ -286,7 +286,7 @@ def test_wrong_arguments_name_the_value() -> None:
     with pytest.raises(DataError, match="row_index holds 9"):
         linear_logprobs(hidden, weight, good, row_index=good + 9)
     for match, kwargs in (
-        ("backend='cuda' is not known here", {"backend": "cuda"}),
+        ("backend='cuda' is not known", {"backend": "cuda"}),
         ("temperature=0", {"temperature": 0.0}),
         ("softcap=-1", {"softcap": -1.0}),
         ("workspace_bytes=0", {"workspace_bytes": 0}),
