@@ -10,6 +10,7 @@
 #   DATA   scored answers: .jsonl or .jsonl.gz files, wildcards allowed (required)
 #   RUN    folder for everything that is made, on a file system that all nodes see; default runs/JOBNAME
 #   TP PP  tensor- and pipeline-parallel ranks; default 2 and 1. Data parallel is what is left.
+#   VPP CP EP  chunks a pipeline stage, context- and expert-parallel ranks; default 1. See docs/layouts.md
 #   BUILD  further arguments of `megafuse build`, for example "--max_prompts 20000"
 #   NPROC  processes a node; default: the GPUs that Slurm gives
 #SBATCH --job-name=fusesft-llama8b

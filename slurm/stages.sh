@@ -32,9 +32,10 @@ todo() {
   say "$1"
 }
 
-# layout TP PP: the arguments for a parallel layout
+# layout TP PP: the arguments for a parallel layout; the rarer parts of it from VPP, CP and EP
 layout() {
-  LAYOUT=(--parallel.tensor "$1" --parallel.pipeline "$2")
+  LAYOUT=(--parallel.tensor "$1" --parallel.pipeline "$2" --parallel.virtual_pipeline "${VPP:-1}"
+    --parallel.context "${CP:-1}" --parallel.expert "${EP:-1}")
   if [ "$1" -gt 1 ]; then LAYOUT+=(--parallel.sequence); else LAYOUT+=(--parallel.no_sequence); fi
 }
 
