@@ -1,0 +1,238 @@
+"""Who can compute per-token log-probs of a large vocabulary: our backends and the libraries that are installed.
+
+For the kernel benchmark. A provider is called with `Operands` and returns the log-probs of the response tokens [R], or
+a scalar loss where that is all it offers (`mean_only`). Peers are imported when asked for, never required.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's head."""
+
+    name: str
+    hidden: int
+    vocab: int
+    softcap: float | None = None
+
+
+SHAPES = (
+    Shape("llama-3-8b", 4096, 128256),
+    Shape("gemma-2-9b", 3584, 256000, softcap=30.0),
+    Shape("qwen2.5-7b", 3584, 152064),
+    Shape("smollm2", 576, 49152),
+)
+
+
+@dataclass
+class Operands:
+    """One set of inputs; `rows [R]` (CPU) are the response tokens among the T rows of hidden."""
+
+    shape: Shape
+    hidden: Tensor  # [T, H], requires grad
+    weight: Tensor  # [V, H], requires grad
+    targets: Tensor  # [R] int64
+    labels: Tensor  # [T] int64, IGNORE outside the response
+    rows: Tensor  # [R] int64 on the CPU
+    grad: Tensor  # [R] float32: what a preference loss sends back
+    logits: Tensor | None = None  # [R, V], for the level of logits
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A way to do it."""
+
+    name: str
+    level: str  # "logits" or "linear"
+    call: Callable[[Operands], Tensor]
+    mean_only: bool = False  # returns the mean loss: another backward, with one coefficient for all tokens
+    softcap: bool = True  # can apply the soft cap inside
+    backward: bool = True
+
+
+def ours(backend: str) -> Iterator[Provider]:
+    """This package's functions."""
+    from megafuse.kernels.logprob import linear_logprobs, vocab_parallel_logprobs
+
+    def logits(o: Operands) -> Tensor:
+        assert o.logits is not None
+        return vocab_parallel_logprobs(
+            o.logits, o.targets, softcap=o.shape.softcap, inplace_backward=True, backend=backend
+        )
+
+    def linear(o: Operands) -> Tensor:
+        return linear_logprobs(
+            o.hidden, o.weight, o.targets, row_index=o.rows, softcap=o.shape.softcap, backend=backend
+        )
+
+    yield Provider(f"megafuse-{backend}", "logits", logits)
+    yield Provider(f"megafuse-{backend}", "linear", linear)
+
+
+def _cap(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def eager(compiled: bool) -> Iterator[Provider]:
+    """log_softmax and gather in float32, as the reference implementations of most trainers do."""
+
+    def gather(logits: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+        return _cap(logits.float(), softcap).log_softmax(1).gather(1, targets[:, None]).squeeze(1)
+
+    def project(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+        return gather(hidden @ weight.t(), targets, softcap)
+
+    name = "torch-compile" if compiled else "torch-eager"
+    gather_, project_ = (torch.compile(gather), torch.compile(project)) if compiled else (gather, project)
+
+    def logits(o: Operands) -> Tensor:
+        assert o.logits is not None
+        return gather_(o.logits, o.targets, o.shape.softcap)
+
+    def linear(o: Operands) -> Tensor:
+        return project_(o.hidden[o.rows.to(o.hidden.device)], o.weight, o.targets, o.shape.softcap)
+
+    yield Provider(name, "logits", logits)
+    yield Provider(name, "linear", linear)
+
+
+def torch_linear_cross_entropy() -> Iterator[Provider]:
+    """torch.nn.functional.linear_cross_entropy, from torch 2.13."""
+    function = torch.nn.functional.linear_cross_entropy  # type: ignore[attr-defined]
+
+    def linear(o: Operands) -> Tensor:
+        rows = o.rows.to(o.hidden.device)
+        return -function(o.hidden[rows], o.weight, o.targets, reduction="none")
+
+    yield Provider("torch-linear-ce", "linear", linear, softcap=False)
+
+
+def liger() -> Iterator[Provider]:
+    """Liger's fused linear cross entropy (mean loss), with its default and with float32 accumulation."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    for name, more in (("liger-flce", {}), ("liger-flce-fp32", {"accum_dtype": torch.float32})):
+        for cap in (None, 30.0):
+            loss = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE, softcap=cap, **more)
+
+            def linear(o: Operands, loss: Any = loss, cap: float | None = cap) -> Tensor:
+                if o.shape.softcap != cap:
+                    raise NotSupported("made for the other soft cap")
+                return loss(o.weight, o.hidden, o.labels)
+
+            yield Provider(f"{name}-cap" if cap else name, "linear", linear, mean_only=True)
+
+
+def liger_preference() -> Iterator[Provider]:
+    """Liger's chunked preference losses: halves of the tokens are chosen and rejected, one sequence a group."""
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss, LigerFusedLinearSimPOLoss
+
+    losses = {
+        "liger-dpo": LigerFusedLinearDPOLoss(use_ref_model=False),
+        "liger-simpo": LigerFusedLinearSimPOLoss(),
+    }
+    for name, loss in losses.items():
+
+        def linear(o: Operands, loss: Any = loss) -> Tensor:
+            length = 1024 if o.hidden.shape[0] % 2048 == 0 else o.hidden.shape[0] // 2
+            return loss(o.weight, o.hidden.view(-1, length, o.shape.hidden), o.labels.view(-1, length))[0]
+
+        yield Provider(name, "linear", linear, mean_only=True, softcap=False)
+
+
+def cut_cross_entropy() -> Iterator[Provider]:
+    """Apple's cut cross-entropy; `cce_exact` does not skip small gradients."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    for impl in ("cce", "cce_exact"):
+
+        def linear(o: Operands, impl: str = impl) -> Tensor:
+            rows = o.rows.to(o.hidden.device)
+            return -linear_cross_entropy(
+                o.hidden[rows], o.weight, o.targets, softcap=o.shape.softcap, reduction="none", impl=impl
+            )
+
+        yield Provider(impl, "linear", linear)
+
+
+def trl() -> Iterator[Provider]:
+    """TRL's selective log-softmax."""
+    from trl.trainer.utils import selective_log_softmax
+
+    def logits(o: Operands) -> Tensor:
+        assert o.logits is not None
+        return selective_log_softmax(_cap(o.logits, o.shape.softcap), o.targets)
+
+    yield Provider("trl-selective", "logits", logits)
+
+
+def transformer_engine() -> Iterator[Provider]:
+    """Transformer Engine's Triton cross entropy."""
+    from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+
+    def logits(o: Operands) -> Tensor:
+        assert o.logits is not None
+        return -parallel_cross_entropy(o.logits[None], o.targets[None], 0.0, False, None)[0]
+
+    yield Provider("transformer-engine", "logits", logits, softcap=False)
+
+
+def megatron() -> Iterator[Provider]:
+    """Megatron's fused and unfused vocabulary-parallel cross entropy, in a tensor-parallel world of one."""
+    from megatron.core import parallel_state
+    from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    if not parallel_state.model_parallel_is_initialized():
+        raise NotSupported("mcore's parallel state is not initialised")
+    group = parallel_state.get_tensor_model_parallel_group()
+
+    def fused(o: Operands) -> Tensor:
+        assert o.logits is not None
+        return -fused_vocab_parallel_cross_entropy(o.logits[:, None], o.targets[:, None], group)[:, 0]
+
+    def unfused(o: Operands) -> Tensor:
+        assert o.logits is not None
+        return -vocab_parallel_cross_entropy(o.logits[:, None].float(), o.targets[:, None])[:, 0]
+
+    yield Provider("megatron-fused", "logits", fused, softcap=False)
+    yield Provider("megatron", "logits", unfused, softcap=False)
+
+
+class NotSupported(Exception):
+    """This provider cannot do this case; the message says why."""
+
+
+def available() -> tuple[list[Provider], dict[str, str]]:
+    """(providers that can be imported here, what is absent and why)."""
+    sources: dict[str, Callable[[], Iterator[Provider]]] = {
+        "megafuse-triton": lambda: ours("triton"),
+        "megafuse-torch": lambda: ours("torch"),
+        "torch-eager": lambda: eager(False),
+        "torch-compile": lambda: eager(True),
+        "torch-linear-ce": torch_linear_cross_entropy,
+        "liger": liger,
+        "liger-preference": liger_preference,
+        "cut-cross-entropy": cut_cross_entropy,
+        "trl": trl,
+        "transformer-engine": transformer_engine,
+        "megatron": megatron,
+    }
+    found: list[Provider] = []
+    absent: dict[str, str] = {}
+    for name, source in sources.items():
+        try:
+            found += list(source())
+        except (ImportError, AttributeError, NotSupported, TypeError) as error:
+            absent[name] = f"{type(error).__name__}: {error}"
+    return found, absent
