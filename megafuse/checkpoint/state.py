@@ -13,7 +13,14 @@ from megatron.core.dist_checkpointing.serialization import (
     get_default_save_sharded_strategy,
 )
 
-from megafuse.checkpoint.optimizer_state import fill_empty_state, keep_step_while_loading, unshare_steps
+from megafuse.checkpoint import crossing
+from megafuse.checkpoint.optimizer_state import (
+    fill_empty_state,
+    is_fused,
+    keep_what_is_not_loaded,
+    share_whole_parameters,
+    unshare_steps,
+)
 from megafuse.parallel.topology import Topology
 from megafuse.training.optim import Engine
 
@@ -52,6 +59,7 @@ def run_state(engine: Engine, topology: Topology, *, optimizer: bool, loading: b
     state["content_metadata"] = {k: v for k, v in metadata.items() if k != "dp_cp_group"}
     if optimizer:
         fill_empty_state(engine.optimizer)
+        share_whole_parameters(engine.optimizer)
         state["optimizer"] = engine.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
         state["scheduler"] = engine.scheduler.state_dict()
         place, world = topology.rank, topology.world_size
@@ -73,13 +81,22 @@ def load_model(model: list[Any], topology: Topology, folder: Path) -> None:
 
 
 def load_run(engine: Engine, topology: Topology, folder: Path, *, same_layout: bool) -> None:
-    """Restore model, optimizer and schedule; the RNG too when the checkpoint was written at this layout. Collective."""
+    """Restore model, optimizer and schedule, from any layout; the RNG too where the layout is the same. Collective."""
     state = run_state(engine, topology, optimizer=True, loading=True)
     if not same_layout:
         state.pop("rng")
+    stored = dist_checkpointing.load_common_state_dict(str(folder))["optimizer"]
+    wanted = state["optimizer"]
+    crossed = crossing.crosses(wanted, stored)
+    if crossed:  # under a name of its own, so that mcore does not mix it with the stored settings
+        bf16 = any(p.dtype == torch.bfloat16 for chunk in engine.bare for p in chunk.parameters())
+        state["crossed"] = crossing.request(state.pop("optimizer"), bf16=bf16)
     loaded = dist_checkpointing.load(state, str(folder), get_default_load_sharded_strategy(str(folder)))
+    if crossed:
+        fused = is_fused(engine.optimizer)
+        loaded["optimizer"] = crossing.complete(loaded["crossed"], wanted, stored, fused=fused)
     _load_chunks(engine.bare, loaded)
-    keep_step_while_loading(engine.optimizer)
+    keep_what_is_not_loaded(engine.optimizer)
     engine.optimizer.load_state_dict(loaded["optimizer"])
     unshare_steps(engine.optimizer)
     engine.scheduler.num_steps = 0  # loading advances by the stored count

@@ -8,8 +8,24 @@ from megafuse.errors import ConfigError
 from megafuse.observe.manifest import atomic_file
 
 CONFIG_FILE = "config.toml"
-# what may change between two starts of one run without changing a single number of it
-FREE = ("checkpoint", "observe", "on_nonfinite", "max_consecutive_skips", "run_dir", "parallel", "model.recompute")
+# What may change between two starts of one run: where and how it is computed, told and kept. Its numbers change by no
+# more than the order of additions does. A name frees the field, or all fields of the section.
+FREE = (
+    "run_dir",
+    "checkpoint",
+    "observe",
+    "on_nonfinite",
+    "max_consecutive_skips",
+    "parallel",
+    "overlap",
+    "model.attention",
+    "model.layers",
+    "model.recompute",
+    "data.max_row_tokens",
+    "data.max_group_tokens",
+    "data.prefix_sharing",
+    "optim.distributed",
+)
 
 
 def refuse_drift(config: TrainConfig) -> None:
@@ -25,7 +41,7 @@ def refuse_drift(config: TrainConfig) -> None:
         return
     before = _flat(load(TrainConfig, path).model_dump(mode="json"))
     now = _flat(config.model_dump(mode="json"))
-    changed = [key for key in now if before.get(key) != now[key] and not key.startswith(FREE)]
+    changed = [key for key in now if before.get(key) != now[key] and not _is_free(key)]
     if changed:
         lines = [f"  {key}: began with {before.get(key)!r}, now {now[key]!r}" for key in changed]
         raise ConfigError(
@@ -33,6 +49,10 @@ def refuse_drift(config: TrainConfig) -> None:
             + "\n".join(lines)
             + "\ngive the same values, or another run_dir"
         )
+
+
+def _is_free(key: str) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in FREE)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
