@@ -35,8 +35,8 @@ def next_token_logps(checkpoint: Path, parallel: dict[str, Any], tokens: list[in
         )
         for p in ("fp32", "bf16")
     )
-    multiple = row_shape(config, 1, fp32).multiple
-    row = build_row([group], prefix_sharing=True, row_tokens=-(-len(ids) // multiple) * multiple)
+    shape = row_shape(config, 1, fp32)
+    row = build_row([group], prefix_sharing=True, row_tokens=-(-len(ids) // shape.multiple) * shape.multiple)
 
     def step(source: Any, model: Any) -> tuple[Any, Any]:
         item: Row = next(source)
@@ -45,8 +45,8 @@ def next_token_logps(checkpoint: Path, parallel: dict[str, Any], tokens: list[in
     with layout(config) as topology, torch.no_grad():
         model = build_model(arch, config, topology, fp32)
         load_model(model, topology, checkpoint)
-        mine = local_row(row, topology.cp_rank, topology.cp_size)
-        outputs = forward_rows(model, [mine], step, lengths=[row.tokens.numel()], forward_only=True)
+        rows = [local_row(row, topology.cp_rank, topology.cp_size)] * shape.count_multiple
+        outputs = forward_rows(model, rows, step, lengths=[row.tokens.numel()] * len(rows), forward_only=True)
         logps = topology.from_last_stage([float(x) for x in outputs[0]] if outputs else None)
         if resave is not None:
             del model

@@ -50,7 +50,14 @@ def same_folder(a: Path, b: Path) -> bool:
     return names == sorted(p.name for p in b.iterdir()) and not any(filecmp.cmpfiles(a, b, names, shallow=False)[1:])
 
 
-@pytest.mark.parametrize(("parallel", "world"), [({"tensor": 3}, 3), ({"pipeline": 2}, 2)], ids=["tp3", "pp2"])
+LAYOUTS = {
+    "tp3": ({"tensor": 3}, 3),
+    "pp2": ({"pipeline": 2}, 2),
+    "pp2-vpp3": ({"pipeline": 2, "virtual_pipeline": 3}, 2),
+}
+
+
+@pytest.mark.parametrize(("parallel", "world"), LAYOUTS.values(), ids=LAYOUTS)
 def test_loads_computes_saves_and_exports(
     smollm2: Path, exact: tuple[list[int], list[float]], tmp_path: Path, parallel: dict[str, int], world: int
 ) -> None:
