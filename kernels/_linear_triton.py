@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +75,15 @@ def _device(device: torch.device) -> tuple[int, int]:
     return properties.major, properties.multi_processor_count
 
 
+def cut(rows: int, fit: int, tile: int) -> list[slice]:
+    """Chunks of at most `fit` rows (whole tiles where more than one fits). The first one is the rest, if there is any:
+    the last, whose exponentials are kept, shall be a full one.
+    """
+    size = max(1, fit // tile * tile or fit)
+    borders = [0, *range(rows % size or size, rows, size), rows] if rows else []
+    return [slice(a, b) for a, b in itertools.pairwise(borders)]
+
+
 class Product:
     """Launches the large product for chunks of rows, on one workspace."""
 
@@ -84,17 +94,11 @@ class Product:
         self.tiles = plan(x, weight, options.entropy)
         self.count = triton.cdiv(self.head.columns, self.tiles.bn)  # column tiles
         self.stride = triton.cdiv(max(self.head.columns, 1), 64) * 64  # TMA wants rows of E on 16-byte borders
-        row_bytes = self.stride * x.element_size() + 12 * self.count if keep else 12 * self.count
-        fit = max(1, options.workspace_bytes // max(row_bytes, 1))
-        fit = fit // self.tiles.bm * self.tiles.bm or fit
-        self.size = max(1, min(x.shape[0], fit))
-        self.starts = range(0, x.shape[0], self.size)
-        self.e = x.new_empty((self.size, self.stride)) if keep else None
+        row_bytes = self.stride * x.element_size() if keep else 12 * max(self.count, 1)
+        self.chunks = cut(x.shape[0], options.workspace_bytes // row_bytes, self.tiles.bm)
+        size = max((rows.stop - rows.start for rows in self.chunks), default=0)
+        self.e = x.new_empty((size, self.stride)) if keep else None
         self.held: slice | None = None  # the chunk whose E is in the workspace
-
-    def chunk(self, first: int) -> slice:
-        """Rows of the chunk that starts at `first`."""
-        return slice(first, min(first + self.size, self.x.shape[0]))
 
     def exponentials(self, rows: slice) -> Tensor:
         """The workspace [R, columns] that holds E of a chunk."""
@@ -227,8 +231,7 @@ class TritonLinearLogprobs(torch.autograd.Function):
             stats = z.new_zeros((3 if options.entropy else 2, n))
             anchors, sums = stats[0], stats[1]
             anchors.copy_(z.masked_fill(z == -torch.inf, 0))
-            for first in product.starts:
-                rows = product.chunk(first)
+            for rows in product.chunks:
                 product.measure(rows, anchors, sums, stats[-1], options.gradient and rows.stop == n)
             parts = stats[None] if head.group is None else gather_ranks(stats, head.group)
             logp, saved = z.new_empty(n), z.new_empty((2, n))
@@ -258,11 +261,10 @@ class TritonLinearLogprobs(torch.autograd.Function):
         v = torch.empty_like(anchors)
         folded = torch.float32 if head.group is not None else None
         dx = HiddenGradient(x, options, ctx.hidden_rows, folded) if need_x else None
-        dw = WeightGradient(weight, head.columns, len(product.starts) or 1, options.main_grad) if need_w else None
+        dw = WeightGradient(weight, head.columns, len(product.chunks), options.main_grad) if need_w else None
         dense = torch.empty_like(x) if need_x else x  # E W of each target
         with on_device(x):
-            for first in reversed(product.starts):  # the last chunk's E is still there
-                part = product.chunk(first)
+            for part in reversed(product.chunks):  # the last chunk's E is still there
                 if product.held != part:
                     product.again(part, anchors)
                 e = product.exponentials(part)
@@ -275,12 +277,12 @@ class TritonLinearLogprobs(torch.autograd.Function):
                 )
                 if dx is not None:
                     torch.mm(e, weight[: head.columns], out=dense[part])
-                    if first == 0:
+                    if part.start == 0:
                         _fold(dense, v, rows.row, dx.local)
                         dx.start()  # the ranks' parts travel while the weight's gradient is computed
                 if dw is not None:
                     dw.add(e, scaled)
-        if dx is not None and not product.starts:
+        if dx is not None and not product.chunks:
             dx.start()  # without targets: zeros, but the collective is the other ranks' too
         return dx.finish() if dx is not None else None, dw.result() if dw is not None else None, None, None
 

@@ -63,6 +63,17 @@ def test_against_float64(dtype: torch.dtype, options: dict[str, Any], device: to
         assert not dw[271:].any()
 
 
+def test_chunks_end_with_a_full_one(device: torch.device) -> None:
+    from megafuse.kernels._linear_triton import cut
+
+    for rows, fit, tile in ((8192, 4185, 128), (8193, 4185, 128), (100, 1000, 128), (5, 1, 128), (5, 0, 4), (0, 9, 4)):
+        parts = cut(rows, fit, tile)
+        assert [i for part in parts for i in range(part.start, part.stop)] == list(range(rows))
+        assert all(0 < part.stop - part.start <= max(fit, 1) for part in parts)
+        assert not parts or parts[-1].stop - parts[-1].start == max(part.stop - part.start for part in parts)
+    assert [part.stop for part in cut(8192, 4185, 128)] == [4096, 8192]
+
+
 @pytest.mark.parametrize("tma", [True, False])
 @pytest.mark.parametrize("workspace", [20_000, 1])
 def test_chunks_and_loads_change_nothing(
