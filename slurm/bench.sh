@@ -11,6 +11,7 @@
 #   MODEL  named shape, Hugging Face folder or checkpoint; default llama-3.1-8b
 #   RUN    folder for the result, on a file system that all nodes see; default runs/JOBNAME
 #   TP PP  tensor- and pipeline-parallel ranks; default 2 and 1. Data parallel is what is left.
+#   VPP CP EP  chunks a pipeline stage, context- and expert-parallel ranks; default 1. See docs/layouts.md
 #   TRACE  folder for torch profiler traces, one a kind; default none
 #   NPROC  processes a node; default: the GPUs that Slurm gives
 #SBATCH --job-name=megafuse-bench

@@ -6,7 +6,7 @@ best reward. So K = 4 means what training would mean by it, and K = 16 holds the
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ import numpy as np
 
 from megafuse.data.dataset import GroupDataset
 from megafuse.data.reader import RecordReader
-from megafuse.data.records import Rules
+from megafuse.data.records import Response, Rules
 from megafuse.errors import ConfigError, DataError
 
 
@@ -89,7 +89,19 @@ class TokenizerRule:
         return [len(ids) + end for ids in self._tokenizer.answers(texts)]
 
 
-def read_lengths(path: Path, rule: TokenRule, *, responses: int, max_length: int) -> LengthData:
+def source_name(response: Response) -> str:
+    """The source that the file names."""
+    return response.source
+
+
+def read_lengths(
+    path: Path,
+    rule: TokenRule,
+    *,
+    responses: int,
+    max_length: int,
+    source_of: Callable[[Response], str] = source_name,
+) -> LengthData:
     """Lengths of every prompt of a data set folder, or of a file of scored answers.
 
     Arguments:
@@ -97,6 +109,7 @@ def read_lengths(path: Path, rule: TokenRule, *, responses: int, max_length: int
         rule: counts the tokens of texts.
         responses: responses kept of each source; a source with fewer is left out.
         max_length: of texts: tokens of a prompt and one response; longer responses are left out.
+        source_of: of texts: which source a response belongs to.
     Raises:
         ConfigError: `path` is not there, or nothing in it has that many responses of one source.
         DataError, IntegrityError: what is there cannot be read.
@@ -104,7 +117,7 @@ def read_lengths(path: Path, rule: TokenRule, *, responses: int, max_length: int
     if path.is_dir():
         data = _from_dataset(GroupDataset(path), responses)
     elif path.is_file():
-        data = _from_texts(path, rule, responses, max_length)
+        data = _from_texts(path, rule, responses, max_length, source_of)
     else:
         raise ConfigError(
             f"data.path = {path} does not exist: give a data set folder written by `megafuse build`, or a file of "
@@ -127,7 +140,9 @@ def _from_dataset(data: GroupDataset, responses: int) -> LengthData:
     return LengthData(prompts, "as tokenised by `megafuse build`", dict(dropped))
 
 
-def _from_texts(path: Path, rule: TokenRule, responses: int, max_length: int) -> LengthData:
+def _from_texts(
+    path: Path, rule: TokenRule, responses: int, max_length: int, source_of: Callable[[Response], str]
+) -> LengthData:
     dropped: Counter[str] = Counter()
     prompts = []
     reader = RecordReader([path], Rules(drop_bad_responses=True), on_bad_record="skip")
@@ -139,7 +154,7 @@ def _from_texts(path: Path, rule: TokenRule, responses: int, max_length: int) ->
             if prompt + length > max_length:
                 dropped["responses above max_length"] += 1
             else:
-                found.append((response.source, float(response.reward or 0.0), length))
+                found.append((source_of(response), float(response.reward or 0.0), length))
         prompts += _kept(prompt, found, responses, dropped)
     dropped["bad records"] += reader.error_count
     dropped["responses without text or reward"] += sum(

@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
 
 from megafuse.bench.breakdown import PARTS, Timeline, instrumented
+from megafuse.bench.measure import Stepper
 from megafuse.bench.run import bench
+from megafuse.bench.shapes import SHAPES
 from megafuse.cli.main import main
 from megafuse.config.bench import BenchConfig
 from megafuse.config.load import validate
+from megafuse.data.rows import BatchPlan
 from megafuse.errors import ConfigError
+from megafuse.observe.flops import flops_per_token, model_flops
 from megafuse.testing.distributed import run_distributed
 
 
@@ -91,6 +96,34 @@ def test_alone_through_the_command_line(scored: Path, tmp_path: Path, capsys: py
     }
     shown = capsys.readouterr()
     assert "K=4: prompts/s prefix-shared / separate" in shown.out and "bench K=4 separate" in shown.err
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-moe"])
+def test_the_products_of_a_real_step_are_those_that_mfu_counts(
+    scored: Path, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch counts the matrix products of whole training steps; full recomputation adds one forward of the layers.
+
+    Attention is left out on both sides: torch does not count its kernel on a CPU.
+    """
+    counted: list[tuple[int, BatchPlan]] = []
+    step = Stepper.step
+
+    def counting(stepper: Stepper, timeline: Any = None) -> BatchPlan:
+        with FlopCounterMode(display=False) as counter:
+            plan = step(stepper, timeline)
+        counted.append((counter.get_total_flops(), plan))
+        return plan
+
+    monkeypatch.setattr(Stepper, "step", counting)
+    for recompute in ("none", "full"):
+        model = {"path": shape, "precision": "fp32", "recompute": recompute}
+        quick = {"steps": 1, "warmup": 0, "observe": {"breakdown": False}, "sources": [2]}
+        bench(validate(BenchConfig, settings(scored, model=model, **quick)))
+    arch = SHAPES[shape]
+    for (plain, plan), (again, _) in zip(counted[:2], counted[2:], strict=True):
+        assert plain == model_flops(arch, plan.model_tokens, plan.head_rows, 0)
+        assert again - plain == plan.model_tokens * flops_per_token(arch)
 
 
 @pytest.mark.distributed
