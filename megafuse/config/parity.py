@@ -30,6 +30,10 @@ class ParityConfig(Config):
     """Ranks to start on this machine over gloo; under torchrun or srun leave it at 1."""
     groups: int = Field(12, ge=1)
     """Prompt groups of the batch."""
+    sources: int = Field(3, ge=1)
+    """Sources of a group, at most."""
+    responses: int | None = Field(None, ge=2)
+    """Responses of every source; None: few, and unevenly many."""
     seed: int | None = Field(None, ge=0)
     """Of the random model and data; None: a fresh one, printed."""
     tolerance: float | None = Field(None, gt=0)

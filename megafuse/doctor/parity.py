@@ -131,7 +131,10 @@ class _Lab:
         WRITERS[self.config.architecture](self.hf, seed=self.config.seed)
         import_hf(self.hf, self.model)
         for i, kind in enumerate(KINDS):
-            write_tiny_dataset(folder / kind, kind, seed=self.config.seed + i, groups=self.config.groups)
+            write_tiny_dataset(
+                folder / kind, kind, seed=self.config.seed + i, groups=self.config.groups,
+                sources=self.config.sources, responses=self.config.responses,
+            )  # fmt: skip
 
     def oracle(self, rank: int) -> dict[str, Any]:
         """`reference`: log-probs to train against, on every rank; on rank 0 also the facts of each loss.

@@ -165,11 +165,21 @@ def write_tiny_qwen3_moe(
 
 
 def write_tiny_dataset(
-    folder: Path, kind: str, *, seed: int, groups: int = 24, sources: int = 3, vocab: int = 120
+    folder: Path,
+    kind: str,
+    *,
+    seed: int,
+    groups: int = 24,
+    sources: int = 3,
+    responses: int | None = None,
+    vocab: int = 120,
 ) -> Path:
-    """Random groups of `kind` as a data set: uneven prompts (2 to 9 tokens) and responses (1 to 12 tokens)."""
+    """Random groups of `kind` as a data set: uneven prompts (2 to 9 tokens) and responses (1 to 12 tokens).
+
+    Up to `sources` sources a group, with a few responses each; with `responses`, all of them with exactly so many.
+    """
     rng = np.random.default_rng(seed)
-    rows = [_random_group(f"p{i:04d}", kind, rng, sources, vocab) for i in range(groups)]
+    rows = [_random_group(f"p{i:04d}", kind, rng, sources, responses, vocab) for i in range(groups)]
     folder.mkdir(parents=True)
     writer = RowWriter(folder / "rows.arrow")
     for row in rows:
@@ -192,19 +202,25 @@ def write_tiny_dataset(
     return folder
 
 
-def _random_group(name: str, kind: str, rng: np.random.Generator, sources: int, vocab: int) -> Row:
+def _random_group(
+    name: str, kind: str, rng: np.random.Generator, sources: int, responses: int | None, vocab: int
+) -> Row:
     def tokens(low: int, high: int) -> np.ndarray:
         return rng.integers(0, vocab, rng.integers(low, high), dtype=np.int32)
 
     members: list[tuple[int, ...]]
     if kind == "sft":
-        members = [(i,) for i in range(int(rng.integers(1, 5)))]
+        members = [(i,) for i in range(sources * responses if responses else int(rng.integers(1, 5)))]
+    elif kind == "pair" and responses:
+        members = [(i * responses, (i + 1) * responses - 1) for i in range(sources)]
     elif kind == "pair":
         members = [(2 * i, 2 * i + 1) for i in range(int(rng.integers(1, sources + 1)))]
     elif kind == "wrpo":
         members = [(0, 1, 2)]
     else:
         sizes = rng.integers(2, 4, int(rng.integers(1, sources + 1)))
+        if responses:
+            sizes = np.full(sources, responses)
         ends = np.cumsum(sizes)
         members = [tuple(range(end - size, end)) for size, end in zip(sizes.tolist(), ends.tolist())]
     count = max(max(m) for m in members) + 1

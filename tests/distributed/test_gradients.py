@@ -51,6 +51,12 @@ def test_every_parameter_of_experts() -> None:
     assert_equal_to_the_oracle(cells, MOE_LAYOUTS, losses)
 
 
+def test_sixteen_sources_with_eight_responses_each_stay_one_group() -> None:
+    losses = ("sft", "ln_dpo", "rloo")
+    asked = config(layouts=("dp",), losses=losses, sources=16, responses=8, groups=2)
+    assert_equal_to_the_oracle(run_distributed(parity_in_processes, 1, asked)[0], ("dp",), losses)
+
+
 def test_the_suite_notices_the_silent_bugs() -> None:
     faults = {name: "cp2" if name == "context sum dropped" else "dp" for name in MUTATIONS}
     asked = config(layouts=("dp", "cp2"), losses=("ln_dpo", "sft"), groups=4)
