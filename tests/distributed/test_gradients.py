@@ -53,7 +53,7 @@ def test_every_parameter_of_experts() -> None:
 
 def test_sixteen_sources_with_eight_responses_each_stay_one_group() -> None:
     losses = ("sft", "ln_dpo", "rloo")
-    asked = config(layouts=("dp",), losses=losses, sources=16, responses=8, groups=2)
+    asked = config(layouts=("dp",), losses=losses, sources=16, responses=8, groups=1)
     assert_equal_to_the_oracle(run_distributed(parity_in_processes, 1, asked)[0], ("dp",), losses)
 
 
