@@ -96,9 +96,17 @@ class Product:
         self.stride = triton.cdiv(max(self.head.columns, 1), 64) * 64  # TMA wants rows of E on 16-byte borders
         row_bytes = self.stride * x.element_size() if keep else 12 * max(self.count, 1)
         self.chunks = cut(x.shape[0], options.workspace_bytes // row_bytes, self.tiles.bm)
-        size = max((rows.stop - rows.start for rows in self.chunks), default=0)
-        self.e = x.new_empty((size, self.stride)) if keep else None
+        self.e = self.workspace() if keep else None
         self.held: slice | None = None  # the chunk whose E is in the workspace
+
+    def workspace(self) -> Tensor:
+        """Memory for E of the largest chunk, the last one."""
+        last = self.chunks[-1] if self.chunks else slice(0, 0)
+        return self.x.new_empty((last.stop - last.start, self.stride))
+
+    def release(self) -> None:
+        """Give the workspace back: the graph may live on, and a second backward computes again."""
+        self.e = self.held = None
 
     def exponentials(self, rows: slice) -> Tensor:
         """The workspace [R, columns] that holds E of a chunk."""
@@ -133,6 +141,7 @@ class Product:
     def again(self, rows: slice, anchors: Tensor) -> None:
         """E of a chunk once more, with the anchors that forward settled on."""
         parts = anchors.new_empty((self.count, rows.stop - rows.start))
+        self.e = self.e if self.e is not None else self.workspace()
         unread = torch.empty(1, dtype=torch.int32, device=anchors.device)
         self._launch(
             *(rows, anchors), parts=parts, spreads=parts, marked=unread, flag=unread, store=True, entropy=False
@@ -282,6 +291,7 @@ class TritonLinearLogprobs(torch.autograd.Function):
                         dx.start()  # the ranks' parts travel while the weight's gradient is computed
                 if dw is not None:
                     dw.add(e, scaled)
+        product.release()
         if dx is not None and not product.chunks:
             dx.start()  # without targets: zeros, but the collective is the other ranks' too
         return dx.finish() if dx is not None else None, dw.result() if dw is not None else None, None, None
