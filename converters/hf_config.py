@@ -6,12 +6,13 @@ or listed as unable to change the forward pass. Anything else is an UnsupportedM
 """
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megafuse.converters.config_values import flag, positive_float, positive_int, refuse, same
+from megafuse.converters.family import Family
+from megafuse.converters.maps import FAMILIES
 from megafuse.errors import ConfigError, UnsupportedModelError
 from megafuse.model.arch import ModelArch, RopeScaling
 
@@ -98,61 +99,6 @@ HARMLESS = {
 }
 
 
-@dataclass(frozen=True)
-class Family:
-    """An architecture's own keys, beside those that all share.
-
-    Attributes:
-        model_type: what config.json must call it.
-        translated: keys that are read below.
-        fixed: keys of which only these values are implemented; they take the place of the shared rule.
-        harmless: keys that cannot change the forward pass as the other rules leave it.
-        explicit: keys that must be there, since transformers' default is not Llama's.
-        qk_norm: queries and keys are normalised.
-        experts: every layer's MLP is a router and its experts.
-    """
-
-    model_type: str
-    translated: frozenset[str] = frozenset()
-    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    harmless: frozenset[str] = frozenset()
-    explicit: tuple[str, ...] = ()
-    qk_norm: bool = False
-    experts: bool = False
-
-
-# A window is only looked at where use_sliding_window is true, which the shared rule refuses.
-_QWEN3_WINDOW = frozenset({"sliding_window", "max_window_layers"})
-ARCHITECTURES = {
-    "LlamaForCausalLM": Family("llama"),
-    "Qwen3ForCausalLM": Family(
-        "qwen3",
-        translated=frozenset({"layer_types"}),
-        harmless=_QWEN3_WINDOW,
-        explicit=("head_dim", "num_key_value_heads"),
-        qk_norm=True,
-    ),
-    "Qwen3MoeForCausalLM": Family(
-        "qwen3_moe",
-        translated=frozenset(
-            {
-                "layer_types",
-                "moe_intermediate_size",
-                "norm_topk_prob",
-                "num_experts",
-                "num_experts_per_tok",
-                "num_local_experts",
-            }
-        ),
-        # every layer has experts: dense layers in between would need another table
-        fixed={"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
-        # about a training loss that fusion does not have: the targets' answers are trained, not their load balance
-        harmless=_QWEN3_WINDOW | {"output_router_logits", "router_aux_loss_coef"},
-        explicit=("head_dim", "num_key_value_heads", "norm_topk_prob"),
-        qk_norm=True,
-        experts=True,
-    ),
-}
 DTYPES = ("bfloat16", "float16", "float32")
 ROPE_TYPES = ("default", "llama3")
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -181,24 +127,24 @@ def read_hf_config(folder: str | Path) -> ModelArch:
 def parse_hf_config(config: Mapping[str, Any]) -> ModelArch:
     """Translate the contents of a config.json; see `read_hf_config`."""
     architecture = _architecture(config)
-    family = ARCHITECTURES[architecture]
+    family = FAMILIES[architecture]
     _check_keys(config, family)
-    sizes = {field: _positive_int(config, key) for key, field in SIZES.items()}
+    sizes = {field: positive_int(config, key) for key, field in SIZES.items()}
     heads, hidden = sizes["num_heads"], sizes["hidden_size"]
-    kv_heads = _positive_int(config, "num_key_value_heads", default=heads)
+    kv_heads = positive_int(config, "num_key_value_heads", default=heads)
     if heads % kv_heads:
-        _refuse("num_key_value_heads", kv_heads, (f"a divisor of num_attention_heads={heads}",))
+        refuse("num_key_value_heads", kv_heads, (f"a divisor of num_attention_heads={heads}",))
     if config.get("head_dim") is None and hidden % heads:
-        _refuse("hidden_size", hidden, (f"a multiple of num_attention_heads={heads}, or an explicit head_dim",))
-    theta, scaling = _rope(config)
+        refuse("hidden_size", hidden, (f"a multiple of num_attention_heads={heads}, or an explicit head_dim",))
+    theta, scaling = _rope(config, family.rope_theta)
     return ModelArch(
         architecture=architecture,
         num_kv_heads=kv_heads,
-        head_dim=_positive_int(config, "head_dim", default=hidden // heads),
-        rms_norm_eps=_positive_float(config, "rms_norm_eps", default=1e-6),
+        head_dim=positive_int(config, "head_dim", default=hidden // heads),
+        rms_norm_eps=positive_float(config, "rms_norm_eps", default=1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
-        tie_word_embeddings=_flag(config, "tie_word_embeddings"),
+        tie_word_embeddings=flag(config, "tie_word_embeddings", default=family.tied),
         torch_dtype=_dtype(config),
         num_layers=sizes["num_layers"],
         hidden_size=hidden,
@@ -206,8 +152,7 @@ def parse_hf_config(config: Mapping[str, Any]) -> ModelArch:
         num_heads=heads,
         vocab_size=sizes["vocab_size"],
         max_position_embeddings=sizes["max_position_embeddings"],
-        qk_norm=family.qk_norm,
-        **(_experts(config) if family.experts else {}),
+        **family.fields(config),
     )
 
 
@@ -217,52 +162,25 @@ def _check_keys(config: Mapping[str, Any], family: Family) -> None:
     own = family.translated | family.harmless
     for key, value in config.items():
         if key in fixed and key not in own:
-            if not any(_same(value, allowed) for allowed in fixed[key]):
-                _refuse(key, value, fixed[key])
+            if not any(same(value, allowed) for allowed in fixed[key]):
+                refuse(key, value, fixed[key])
         elif key not in TRANSLATED | HARMLESS | own:
             _refuse_key(key, value, TRANSLATED | set(fixed) | own)
     for key in family.explicit:
         if config.get(key) is None:
-            _refuse(key, None, ("an explicit value: its default differs from program to program",))
-    kinds = config.get("layer_types")
-    full = ["full_attention"] * _positive_int(config, "num_hidden_layers")
-    if "layer_types" in own and kinds is not None and kinds != full:
-        _refuse("layer_types", kinds, (full, None))
-
-
-def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of ModelArch about experts. transformers 5 saves `num_experts` as `num_local_experts`."""
-    counts = {key: _positive_int(config, key) for key in ("num_experts", "num_local_experts") if key in config}
-    if len(set(counts.values())) > 1:
-        raise UnsupportedModelError(f"config.json: {counts} disagree; fix: keep the one that is meant")
-    experts = next(iter(counts.values())) if counts else _positive_int(config, "num_experts")
-    chosen, normalised = _positive_int(config, "num_experts_per_tok"), _flag(config, "norm_topk_prob")
-    if chosen > experts:
-        _refuse("num_experts_per_tok", chosen, (f"at most num_experts={experts}",))
-    if chosen == 1 and normalised:  # the one probability divided by itself: the router would never learn
-        _refuse("num_experts_per_tok", 1, ("at least 2 where norm_topk_prob is true",))
-    return {
-        "num_experts": experts,
-        "experts_per_token": chosen,
-        "moe_ffn_hidden_size": _positive_int(config, "moe_intermediate_size"),
-        "norm_topk_prob": normalised,
-    }
-
-
-def _flag(config: Mapping[str, Any], key: str) -> bool:
-    value = config.get(key, False)
-    if not isinstance(value, bool):
-        _refuse(key, value, (True, False))
-    return value
+            refuse(key, None, ("an explicit value: its default differs from program to program",))
+    for key in family.present:
+        if key not in config:
+            refuse(key, None, ("an explicit value or null: its default differs from program to program",))
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
     names = config.get("architectures")
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
-        _refuse("architectures", names, tuple([name] for name in ARCHITECTURES))
-    model_type = ARCHITECTURES[names[0]].model_type
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in FAMILIES:
+        refuse("architectures", names, tuple([name] for name in FAMILIES))
+    model_type = FAMILIES[names[0]].model_type
     if config.get("model_type") != model_type:
-        _refuse("model_type", config.get("model_type"), (model_type,))
+        refuse("model_type", config.get("model_type"), (model_type,))
     return str(names[0])
 
 
@@ -273,16 +191,16 @@ def _dtype(config: Mapping[str, Any]) -> str:
         raise UnsupportedModelError(f"config.json: torch_dtype and dtype disagree: {sorted(found)}; fix: keep one")
     name = found.pop() if found else "float32"
     if name not in DTYPES:
-        _refuse("dtype", name, DTYPES)
+        refuse("dtype", name, DTYPES)
     return name
 
 
-def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def _rope(config: Mapping[str, Any], otherwise: float) -> tuple[float, RopeScaling | None]:
     """Rotary base and scaling, from `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
     both = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key) is not None]
     for value in both:
         if not isinstance(value, dict):
-            _refuse("rope_parameters", value, ("an object", None))
+            refuse("rope_parameters", value, ("an object", None))
     if len(both) == 2:
         old, new = ({k: v for k, v in value.items() if k != "rope_theta"} for value in both)
         if old != new:
@@ -293,51 +211,25 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     bases = [s["rope_theta"] for s in (config, *both) if s.get("rope_theta") is not None]
     if any(base != bases[0] for base in bases):
         raise UnsupportedModelError(f"config.json: rope_theta is given with different values {bases}; fix: keep one")
-    theta = _positive_float({"rope_theta": bases[0]} if bases else {}, "rope_theta", default=10000.0)
+    theta = positive_float({"rope_theta": bases[0]} if bases else {}, "rope_theta", default=otherwise)
     rope.pop("rope_theta", None)
 
     kinds = {rope.pop(key) for key in ("rope_type", "type") if key in rope}
     if len(kinds) > 1 or not kinds <= set(ROPE_TYPES):
-        _refuse("rope_type", sorted(map(str, kinds)), ROPE_TYPES)
+        refuse("rope_type", sorted(map(str, kinds)), ROPE_TYPES)
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        _refuse("partial_rotary_factor", "not 1", (1.0,))
+        refuse("partial_rotary_factor", "not 1", (1.0,))
     if kinds != {"llama3"}:
         if rope:  # a factor without a type: transformers would ignore it, the author meant something
-            _refuse("rope_parameters", rope, ("{} besides rope_theta for rope_type default",))
+            refuse("rope_parameters", rope, ("{} besides rope_theta for rope_type default",))
         return theta, None
     if set(rope) != set(LLAMA3_KEYS):
-        _refuse("rope_parameters", rope, ("exactly " + ", ".join(LLAMA3_KEYS),))
-    low, high = (_positive_float(rope, key) for key in ("low_freq_factor", "high_freq_factor"))
+        refuse("rope_parameters", rope, ("exactly " + ", ".join(LLAMA3_KEYS),))
+    low, high = (positive_float(rope, key) for key in ("low_freq_factor", "high_freq_factor"))
     if high <= low:  # the interpolation would divide by zero or run backwards
-        _refuse("high_freq_factor", high, (f"greater than low_freq_factor={low}",))
-    original = _positive_int(rope, "original_max_position_embeddings")
-    return theta, RopeScaling(_positive_float(rope, "factor"), low, high, original)
-
-
-def _positive_int(config: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        _refuse(key, value, ("a positive integer",))
-    return value
-
-
-def _positive_float(config: Mapping[str, Any], key: str, *, default: float | None = None) -> float:
-    value = config.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        _refuse(key, value, ("a positive number",))
-    return float(value)
-
-
-def _same(value: Any, allowed: Any) -> bool:
-    """Equality that keeps False apart from 0, but lets 0 and 0.0 be one value."""
-    return isinstance(value, bool) == isinstance(allowed, bool) and bool(value == allowed)
-
-
-def _refuse(key: str, value: Any, known: tuple[Any, ...]) -> NoReturn:
-    names = " or ".join(item if isinstance(item, str) else json.dumps(item) for item in known)
-    raise UnsupportedModelError(f"config.json: {key} = {json.dumps(value)} is not supported; known: {names}")
+        refuse("high_freq_factor", high, (f"greater than low_freq_factor={low}",))
+    original = positive_int(rope, "original_max_position_embeddings")
+    return theta, RopeScaling(positive_float(rope, "factor"), low, high, original)
 
 
 def _refuse_key(key: str, value: Any, known: set[str]) -> NoReturn:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 
-from megafuse.converters.table import Arch, Row, dimensions, find
+from megafuse.converters.maps import find
+from megafuse.converters.table import Arch, Row, dimensions
 from megafuse.converters.views import TensorView, itemsize
 from megafuse.errors import IntegrityError, UnsupportedModelError
 from megafuse.model.arch import ModelArch

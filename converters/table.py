@@ -2,14 +2,13 @@
 
 Every mcore tensor is a concatenation, along its rows, of row ranges of HF tensors. A row of the table says which and in
 what order; import, export, every tensor-parallel slice and the check that nothing is lost are all derived from it. An
-architecture is a list of rows: a new one is added with `register`, without touching the engine.
+architecture is a list of rows, one file a family in `converters/maps`; what several share stands here.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from megafuse.errors import ConfigError, UnsupportedModelError
 from megafuse.model.arch import ModelArch
 
 Pack = Literal["concat", "grouped"]
@@ -73,22 +72,29 @@ class Arch:
 
 
 _H, _M = "model.layers.{i}.", "decoder.layers.{i}."
-_ATTENTION = (
-    Row(_M + "self_attention.linear_qkv.layer_norm_weight", (Hf(_H + "input_layernorm.weight", "H"),)),
-    Row(
-        _M + "self_attention.linear_qkv.weight",
-        (
-            Hf(_H + "self_attn.q_proj.weight", "QH"),
-            Hf(_H + "self_attn.k_proj.weight", "KH"),
-            Hf(_H + "self_attn.v_proj.weight", "KH"),
-        ),
-        pack="grouped",
-        tp=0,
+INPUT_NORM = Row(_M + "self_attention.linear_qkv.layer_norm_weight", (Hf(_H + "input_layernorm.weight", "H"),))
+QKV = Row(
+    _M + "self_attention.linear_qkv.weight",
+    (
+        Hf(_H + "self_attn.q_proj.weight", "QH"),
+        Hf(_H + "self_attn.k_proj.weight", "KH"),
+        Hf(_H + "self_attn.v_proj.weight", "KH"),
     ),
-    Row(_M + "self_attention.linear_proj.weight", (Hf(_H + "self_attn.o_proj.weight", "HQ"),), tp=1),
+    pack="grouped",
+    tp=0,
 )
-_GATED_MLP = (
-    Row(_M + "mlp.linear_fc1.layer_norm_weight", (Hf(_H + "post_attention_layernorm.weight", "H"),)),
+QKV_BIAS = Row(
+    _M + "self_attention.linear_qkv.bias",
+    tuple(Hf(_H + f"self_attn.{x}_proj.bias", rows) for x, rows in (("q", "Q"), ("k", "K"), ("v", "K"))),
+    pack="grouped",
+    tp=0,
+)
+QK_NORM = tuple(
+    Row(_M + f"self_attention.{x}_layernorm.weight", (Hf(_H + f"self_attn.{x}_norm.weight", "D"),)) for x in "qk"
+)
+PROJECTION = Row(_M + "self_attention.linear_proj.weight", (Hf(_H + "self_attn.o_proj.weight", "HQ"),), tp=1)
+ATTENTION = (INPUT_NORM, QKV, PROJECTION)
+MLP = (
     Row(
         _M + "mlp.linear_fc1.weight",
         (Hf(_H + "mlp.gate_proj.weight", "FH"), Hf(_H + "mlp.up_proj.weight", "FH")),
@@ -96,60 +102,29 @@ _GATED_MLP = (
     ),
     Row(_M + "mlp.linear_fc2.weight", (Hf(_H + "mlp.down_proj.weight", "HF"),), tp=1),
 )
-_QK_NORM = tuple(
-    Row(_M + f"self_attention.{x}_layernorm.weight", (Hf(_H + f"self_attn.{x}_norm.weight", "D"),)) for x in "qk"
-)
-_E, _X = _H + "mlp.experts.{e}.", _M + "mlp.experts.experts.{e}."
-_EXPERTS = (
-    Row(_M + "pre_mlp_layernorm.weight", (Hf(_H + "post_attention_layernorm.weight", "H"),)),
-    Row(_M + "mlp.router.weight", (Hf(_H + "mlp.gate.weight", "EH"),)),
-    Row(_X + "linear_fc1.weight", (Hf(_E + "gate_proj.weight", "XH"), Hf(_E + "up_proj.weight", "XH")), tp=0),
-    Row(_X + "linear_fc2.weight", (Hf(_E + "down_proj.weight", "HX"),), tp=1),
-)
-_EMBEDDING = Row("embedding.word_embeddings.weight", (Hf("model.embed_tokens.weight", "VH"),), tp=0, stage="first")
-_HEAD = (
+NORMED_MLP = (Row(_M + "mlp.linear_fc1.layer_norm_weight", (Hf(_H + "post_attention_layernorm.weight", "H"),)), *MLP)
+EMBEDDING = Row("embedding.word_embeddings.weight", (Hf("model.embed_tokens.weight", "VH"),), tp=0, stage="first")
+HEAD = (
     Row("decoder.final_layernorm.weight", (Hf("model.norm.weight", "H"),), stage="last"),
     Row("output_layer.weight", (Hf("lm_head.weight", "VH"),), tp=0, stage="last", untied_only=True),
 )
-_ATTENTION_STATES = tuple(
-    _M + f"self_attention.{module}." for module in ("core_attention", "linear_qkv", "linear_proj")
-)
-_MLP_STATES = (_M + "mlp.linear_fc1.", _M + "mlp.linear_fc2.")
-_QK_STATES = tuple(_M + f"self_attention.{x}_layernorm." for x in "qk")
-_EXPERT_STATES = (_M + "pre_mlp_layernorm.", _X + "linear_fc1.", _X + "linear_fc2.")
-_END_STATES = ("decoder.final_layernorm.", "output_layer.")
-
-LLAMA = Arch(
-    "LlamaForCausalLM",
-    rows=(_EMBEDDING, *_ATTENTION, *_GATED_MLP, *_HEAD),
-    extra_states=(*_ATTENTION_STATES, *_MLP_STATES, *_END_STATES),
-)
-QWEN3 = Arch(
-    "Qwen3ForCausalLM",
-    rows=(_EMBEDDING, *_ATTENTION, *_QK_NORM, *_GATED_MLP, *_HEAD),
-    extra_states=(*_ATTENTION_STATES, *_QK_STATES, *_MLP_STATES, *_END_STATES),
-)
-QWEN3_MOE = Arch(
-    "Qwen3MoeForCausalLM",
-    rows=(_EMBEDDING, *_ATTENTION, *_QK_NORM, *_EXPERTS, *_HEAD),
-    extra_states=(*_ATTENTION_STATES, *_QK_STATES, *_EXPERT_STATES, *_END_STATES),
-)
-
-_REGISTERED: dict[str, Arch] = {}
+ATTENTION_STATES = tuple(_M + f"self_attention.{module}." for module in ("core_attention", "linear_qkv", "linear_proj"))
+QK_STATES = tuple(_M + f"self_attention.{x}_layernorm." for x in "qk")
+MLP_STATES = (_M + "mlp.linear_fc1.", _M + "mlp.linear_fc2.")
+_X = _M + "mlp.experts.experts.{e}."
+EXPERT_STATES = (_M + "pre_mlp_layernorm.", _X + "linear_fc1.", _X + "linear_fc2.")
+END_STATES = ("decoder.final_layernorm.", "output_layer.")
 
 
-def register(arch: Arch) -> Arch:
-    """Make `arch` known under its HF class name. Raises ConfigError when that name is taken by another table."""
-    if _REGISTERED.setdefault(arch.name, arch) != arch:
-        raise ConfigError(f"architecture {arch.name!r} is registered already, with other rows; choose another name")
-    return arch
-
-
-def find(name: str) -> Arch:
-    """The table of an HF class name. Raises UnsupportedModelError, naming the known ones."""
-    if name not in _REGISTERED:
-        raise UnsupportedModelError(f"architecture {name!r} has no conversion table; known: {sorted(_REGISTERED)}")
-    return _REGISTERED[name]
+def sparse_mlp(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+    """A router and its experts. `block` is what the HF layer calls them, the others what an expert calls its parts."""
+    expert = _H + block + ".experts.{e}."
+    return (
+        Row(_M + "pre_mlp_layernorm.weight", (Hf(_H + "post_attention_layernorm.weight", "H"),)),
+        Row(_M + "mlp.router.weight", (Hf(_H + block + ".gate.weight", "EH"),)),
+        Row(_X + "linear_fc1.weight", (Hf(f"{expert}{gate}.weight", "XH"), Hf(f"{expert}{up}.weight", "XH")), tp=0),
+        Row(_X + "linear_fc2.weight", (Hf(f"{expert}{down}.weight", "HX"),), tp=1),
+    )
 
 
 def dimensions(arch: ModelArch) -> Mapping[str, int]:
@@ -168,7 +143,3 @@ def dimensions(arch: ModelArch) -> Mapping[str, int]:
         "E": arch.num_experts or 0,
         "X": arch.moe_ffn_hidden_size or 0,
     }
-
-
-for _arch in (LLAMA, QWEN3, QWEN3_MOE):
-    register(_arch)

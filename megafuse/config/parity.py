@@ -7,7 +7,7 @@ from pydantic import Field
 
 from megafuse.config.base import Config
 
-Architecture = Literal["llama", "qwen3", "qwen3_moe"]
+Architecture = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma2"]
 
 
 class ParityConfig(Config):

@@ -7,7 +7,7 @@ shared file system is needed. Rank 0 computes the oracle; each layout then runs 
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -27,14 +27,10 @@ from megafuse.losses.registry import make_loss
 from megafuse.model.arch import ModelArch, read_arch
 from megafuse.parallel.layouts import check_layout, layout_name, parse_layout, workable
 from megafuse.parallel.topology import layout, process_groups, world_size_here
+from megafuse.testing.families import WRITERS
 from megafuse.testing.parity import LOSSES
-from megafuse.testing.tiny import write_tiny_dataset, write_tiny_llama, write_tiny_qwen3, write_tiny_qwen3_moe
+from megafuse.testing.tiny import write_tiny_dataset
 
-WRITERS: Mapping[str, Callable[..., Path]] = {
-    "llama": write_tiny_llama,
-    "qwen3": write_tiny_qwen3,
-    "qwen3_moe": write_tiny_qwen3_moe,
-}
 KINDS = ("sft", "pair", "rloo", "wrpo")
 
 

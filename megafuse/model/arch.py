@@ -25,7 +25,9 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelArch:
-    """A decoder-only model: RMSNorm, rotary positions, grouped-query attention, SiLU-gated MLP or experts, no biases.
+    """A decoder-only model: RMSNorm, rotary positions, grouped-query attention, gated MLP or experts.
+
+    Linear layers have no bias, except the query, key and value projections where `qkv_bias` says so.
 
     Shapes that follow from the fields (HF names, [out, in]): q_proj [num_heads * head_dim, hidden_size], k_proj and
     v_proj [num_kv_heads * head_dim, hidden_size], o_proj [hidden_size, num_heads * head_dim], gate_proj and up_proj
@@ -53,6 +55,16 @@ class ModelArch:
         experts_per_token: experts that a token is sent to: those of the largest router probability.
         moe_ffn_hidden_size: width of one expert's gated MLP.
         norm_topk_prob: the chosen experts' probabilities are divided by their sum.
+        qkv_bias: the query, key and value projections have a bias.
+        activation: of the gate of the MLP: `silu`, or `gelu_tanh`, GELU's tanh form.
+        attention_scale: what scores are multiplied by; None: head_dim ** -0.5.
+        attention_softcap: scores s become c * tanh(s / c), before the mask; None: they do not.
+        final_softcap: the same of logits.
+        window: a query at position p sees the keys at positions > p - window, in the layers of `window_layers`.
+        window_layers: layers (from 0) whose attention has that window.
+        embedding_scale: what embeddings are multiplied by, rounded to their dtype; None: nothing.
+        sandwich_norms: what attention and MLP answer is normalised too, before it is added to the residual stream.
+        zero_centred_norms: RMSNorm multiplies by 1 + weight.
     """
 
     architecture: str
@@ -74,6 +86,20 @@ class ModelArch:
     experts_per_token: int | None = None
     moe_ffn_hidden_size: int | None = None
     norm_topk_prob: bool = False
+    qkv_bias: bool = False
+    activation: str = "silu"
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+    window: int | None = None
+    window_layers: tuple[int, ...] = ()
+    embedding_scale: float | None = None
+    sandwich_norms: bool = False
+    zero_centred_norms: bool = False
+
+    def window_of(self, layer: int) -> int | None:
+        """The window of a layer (from 0); None where it sees everything before it."""
+        return self.window if layer in self.window_layers else None
 
 
 def read_arch(path: str | Path) -> ModelArch:

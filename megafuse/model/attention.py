@@ -6,6 +6,9 @@ segment, and all keys of its parent segment. So a prompt is a segment that is it
 names it as parent, and an unshared sequence is its own parent. Tokens of one parent stand together (a block):
 attention never crosses blocks, so the cost is the sum of squares of blocks, not of the row.
 
+Some models look back over a window only, and some cap their scores. A window counts positions, not places: a response
+continues its prompt wherever in the row it stands.
+
 Context parallelism gathers keys and values of the whole row; each rank computes the queries that it owns. Two kernels
 give the same numbers: `sdpa` here, one call a block, and `flex` in `megafuse.model.flex`.
 """
@@ -22,6 +25,9 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
+
+from megafuse.errors import ConfigError
+from megafuse.model.arch import ModelArch
 
 
 @dataclass(frozen=True)
@@ -46,21 +52,47 @@ class RowView:
     restore: Tensor | None  # [t] int64: gathered[restore] is in the order of the row; None without context parallelism
 
 
-Mask = Callable[[Tensor, Tensor, Tensor], Any]  # (segment [t], parent [t], places [q] int64) -> the kernel's mask
-Attend = Callable[..., Tensor]  # (q [1, h, q, d], k, v [1, g, t, d], mask, scale) -> [1, h, q, d], zeros at padding
+Mask = Callable[..., Any]  # (segment [t], parent [t], places [q] int64, window or None) -> the kernel's mask
+Attend = Callable[..., Tensor]  # (q [1, h, q, d], k, v [1, g, t, d], mask, scale, cap) -> [1, h, q, d], 0 at padding
 
 
-def visible(segment: Tensor, parent: Tensor, places: Tensor | None = None) -> Tensor:
-    """Which key each query sees. segment, parent: [t] int, places: [q] (None: all) -> [q, t] bool."""
+def row_positions(segment: Tensor, parent: Tensor) -> Tensor:
+    """The position of every place: counted in its segment, a response's from the end of its prompt.
+
+    segment, parent: [t] int -> [t] int64; at padding, anything.
+    """
+    order = torch.arange(segment.numel(), device=segment.device)
+    start = _run_starts(segment, order)
+    block = _run_starts(parent, order)  # where the prompt stands
+    prompt = torch.zeros_like(order).scatter_add_(0, block, (segment == parent).long())
+    return order - start + torch.where(segment == parent, 0, prompt[block])
+
+
+def _run_starts(ids: Tensor, order: Tensor) -> Tensor:
+    """Where the run of equal ids that each place stands in begins. [t] -> [t] int64"""
+    begins = torch.ones_like(ids, dtype=torch.bool)
+    begins[1:] = ids[1:] != ids[:-1]
+    return torch.where(begins, order, 0).cummax(0).values
+
+
+def visible(segment: Tensor, parent: Tensor, places: Tensor | None = None, window: int | None = None) -> Tensor:
+    """Which key each query sees. segment, parent: [t] int, places: [q] (None: all) -> [q, t] bool.
+
+    window: only keys less than this many positions before the query.
+    """
     order = torch.arange(segment.numel(), device=segment.device)
     places = order if places is None else places
     causal = places[:, None] >= order[None, :]
     same = segment[places, None] == segment[None, :]
     shared = parent[places, None] == segment[None, :]
-    return causal & (same | shared) & (segment[places] >= 0)[:, None]
+    seen = causal & (same | shared) & (segment[places] >= 0)[:, None]
+    if window is None:
+        return seen
+    positions = row_positions(segment, parent)
+    return seen & (positions[places, None] - positions[None, :] < window)
 
 
-def sdpa_blocks(segment: Tensor, parent: Tensor, places: Tensor) -> list[Block]:
+def sdpa_blocks(segment: Tensor, parent: Tensor, places: Tensor, window: int | None = None) -> list[Block]:
     """The blocks of a row that hold queries of `places` (rising). Padding at the end belongs to no block.
 
     Raises ValueError where padding stands before a block.
@@ -77,34 +109,53 @@ def sdpa_blocks(segment: Tensor, parent: Tensor, places: Tensor) -> list[Block]:
             raise ValueError(f"row layout has padding before token {start}")
         shared = bool((seg[start:stop] != par[start:stop]).any())
         mask = None
-        if shared or not whole:
-            mask = visible(segment[start:stop], parent[start:stop], places[first:last] - start)[None, None]
+        narrow = window is not None and stop - start > window
+        if shared or not whole or narrow:
+            part = segment[start:stop], parent[start:stop], places[first:last] - start
+            mask = visible(*part, window if narrow else None)[None, None]
         if first < last:
             blocks.append(Block(start, stop, first, last, mask))
     return blocks
 
 
-def sdpa_attend(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block], scale: float) -> Tensor:
-    """torch's scaled_dot_product_attention, one call a block."""
-    outputs = [
-        scaled_dot_product_attention(
-            q[:, :, block.first : block.last],
-            k[:, :, block.start : block.stop],
-            v[:, :, block.start : block.stop],
-            attn_mask=block.mask,
-            is_causal=block.mask is None,
-            scale=scale,
-            enable_gqa=q.size(1) != k.size(1),
+def sdpa_attend(
+    q: Tensor, k: Tensor, v: Tensor, blocks: list[Block], scale: float, softcap: float | None = None
+) -> Tensor:
+    """torch's scaled_dot_product_attention, one call a block; it knows no cap, so capped scores are written out."""
+    outputs = []
+    for block in blocks:
+        queries = q[:, :, block.first : block.last]
+        keys, values = (x[:, :, block.start : block.stop] for x in (k, v))
+        if softcap is not None:
+            outputs.append(capped_attention(queries, keys, values, block.mask, scale, softcap))
+            continue
+        gqa = q.size(1) != k.size(1)
+        outputs.append(
+            scaled_dot_product_attention(
+                queries, keys, values, attn_mask=block.mask, is_causal=block.mask is None, scale=scale, enable_gqa=gqa
+            )
         )
-        for block in blocks
-    ]
     # a row without queries still has to carry a gradient path, or the other ranks would wait for its share of it
     out = torch.cat(outputs, dim=2) if outputs else q[:, :, :0] + k[:, :1, :0].sum() + v[:, :1, :0].sum()
     return pad(out, (0, 0, 0, q.size(2) - out.size(2)))
 
 
+def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
+    """softmax(c * tanh(q k scale / c)) v, the softmax in fp32. q: [1, h, q, d]; k, v: [1, g, t, d] -> [1, h, q, d].
+
+    mask: [1, 1, q, t] bool, None for causal (q = t). Every query must see a key.
+    """
+    heads, groups = q.size(1), k.size(1)
+    grouped = q.unflatten(1, (groups, heads // groups))  # [1, g, h / g, q, d]
+    scores = softcap * torch.tanh(grouped @ k[:, :, None].transpose(-1, -2) * (scale / softcap))
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()[None, None]
+    weights = scores.float().masked_fill(~mask[:, :, None], float("-inf")).softmax(-1).to(q.dtype)
+    return (weights @ v[:, :, None]).flatten(1, 2)
+
+
 class RowCache:
-    """Views of the rows in flight, so that a mask is built once a row and not once a layer.
+    """Views of the rows in flight, so that a mask is built once a row (and window) and not once a layer.
 
     Keyed by the address of the layout tensor. The entry keeps that tensor alive, so the address cannot be given to
     another row while the entry stands; recomputation in backward sees a detached alias of the same storage.
@@ -112,38 +163,44 @@ class RowCache:
 
     def __init__(self, mask: Mask, capacity: int = 64) -> None:
         self._mask, self._capacity = mask, capacity
-        self._entries: OrderedDict[int, tuple[Tensor, RowView]] = OrderedDict()
+        self._entries: OrderedDict[tuple[int, int | None], tuple[Tensor, RowView]] = OrderedDict()
 
-    def get(self, layout: Tensor, rank: int) -> RowView:
-        """The view that context-parallel `rank` has of the row described by `layout` [2 or 3, t]."""
-        key = layout.data_ptr()
+    def get(self, layout: Tensor, rank: int, window: int | None = None) -> RowView:
+        """The view that context-parallel `rank` has of the row described by `layout` [2 or 3, t], through a window."""
+        key = layout.data_ptr(), window
         if key not in self._entries:
-            self._entries[key] = (layout, self._view(layout, rank))
+            self._entries[key] = (layout, self._view(layout, rank, window))
             if len(self._entries) > self._capacity:
                 self._entries.popitem(last=False)
         return self._entries[key][1]
 
-    def _view(self, layout: Tensor, rank: int) -> RowView:
+    def _view(self, layout: Tensor, rank: int, window: int | None) -> RowView:
         segment, parent = layout[0], layout[1]
         if layout.size(0) == 2:
-            return RowView(self._mask(segment, parent, torch.arange(segment.numel(), device=layout.device)), None)
+            places = torch.arange(segment.numel(), device=layout.device)
+            return RowView(self._mask(segment, parent, places, window), None)
         dealt = torch.argsort(layout[2], stable=True)  # ranks hand in their places one after the other
         places = (layout[2] == rank).nonzero().flatten()
-        return RowView(self._mask(segment, parent, places), torch.argsort(dealt))
+        return RowView(self._mask(segment, parent, places, window), torch.argsort(dealt))
 
 
-def core_attention(name: str) -> Any | None:
+def core_attention(name: str, arch: ModelArch) -> Any | None:
     """Core attention whose row cache all layers of a chunk share; None for Transformer Engine's own.
 
-    name: `sdpa`, `flex` or `te`.
+    name: `sdpa`, `flex` or `te`. Raises ConfigError where Transformer Engine's cannot compute what `arch` is.
     """
     if name == "te":
+        if arch.attention_softcap or arch.window:
+            raise ConfigError(
+                f"model.attention = 'te' knows neither the window nor the softcap of {arch.architecture}; use 'auto'"
+            )
         return None
+    ours = functools.partial(RowAttention, softcap=arch.attention_softcap, window_of=arch.window_of)
     if name == "flex":
         from megafuse.model.flex import flex_attend, flex_mask
 
-        return functools.partial(RowAttention, rows=RowCache(flex_mask), attend=flex_attend)
-    return functools.partial(RowAttention, rows=RowCache(sdpa_blocks), attend=sdpa_attend)
+        return functools.partial(ours, rows=RowCache(flex_mask), attend=flex_attend)
+    return functools.partial(ours, rows=RowCache(sdpa_blocks), attend=sdpa_attend)
 
 
 class RowAttention(MegatronModule):
@@ -157,6 +214,8 @@ class RowAttention(MegatronModule):
         attention_type: str,
         rows: RowCache,
         attend: Attend,
+        softcap: float | None = None,
+        window_of: Callable[[int], int | None] = lambda layer: None,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
@@ -165,6 +224,7 @@ class RowAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.rows, self.attend = rows, attend
+        self.softcap, self.window = softcap, window_of(layer_number - 1)  # mcore counts layers from 1
         self.scale = softmax_scale or config.kv_channels**-0.5
         self.cp = getattr(pg_collection, "cp", None)
 
@@ -181,10 +241,11 @@ class RowAttention(MegatronModule):
     ) -> Tensor:
         """Attend as the row says. Returns [t / cp, 1, h * d]; padding comes out as zeros."""
         parallel = attention_mask.size(0) == 3
-        view = self.rows.get(attention_mask, self.cp.rank() if parallel and self.cp is not None else 0)
+        rank = self.cp.rank() if parallel and self.cp is not None else 0
+        view = self.rows.get(attention_mask, rank, self.window)
         if view.restore is not None:
             both = gather_from_sequence_parallel_region(torch.cat((key, value), dim=-1), group=self.cp)
             key, value = both[view.restore].chunk(2, dim=-1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [1, heads, t, d]
-        out = self.attend(q, k, v, view.mask, self.scale)
+        out = self.attend(q, k, v, view.mask, self.scale, self.softcap)
         return out.permute(2, 0, 1, 3).reshape(q.size(2), 1, -1)

@@ -4,7 +4,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import silu
+from torch import Tensor
+from torch.nn.functional import gelu, silu
 
 from megafuse.config.train import ModelConfig, OverlapConfig, ParallelConfig
 from megafuse.errors import ConfigError
@@ -13,6 +14,14 @@ from megafuse.parallel.policy import Policy, resolve_policy
 from megafuse.parallel.topology import Topology
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh form: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))). Any shape."""
+    return gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh}
 DDP_SWITCHES = ("overlap_grad_reduce", "overlap_param_gather")  # the rest of a Policy is the model's
 
 
@@ -106,8 +115,11 @@ def transformer_config(arch: ModelArch, parallel: ParallelConfig, backend: Backe
         normalization="RMSNorm",
         layernorm_epsilon=arch.rms_norm_eps,
         gated_linear_unit=True,
-        activation_func=silu,
+        activation_func=ACTIVATIONS[arch.activation],
         add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        softmax_scale=arch.attention_scale,
+        layernorm_zero_centered_gamma=arch.zero_centred_norms,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
@@ -129,7 +141,7 @@ def transformer_config(arch: ModelArch, parallel: ParallelConfig, backend: Backe
         bf16=backend.precision == "bf16",
         calculate_per_token_loss=True,  # the step divides by its own exact denominator
         attention_softmax_in_fp32=True,
-        bias_activation_fusion=cuda,
+        bias_activation_fusion=cuda and arch.activation == "silu",  # mcore fuses no other that we have
         bias_dropout_fusion=cuda,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
@@ -161,7 +173,7 @@ def build_model(
         stage = chunk if chunks > 1 else None
         model = FusionGPT(
             config,
-            block_spec(config, layers=backend.layers, attention=backend.attention, vp_stage=stage),
+            block_spec(config, arch, layers=backend.layers, attention=backend.attention, vp_stage=stage),
             vocab_size=-(-arch.vocab_size // tp) * tp,  # padded rows exist only in memory: masked in the softmax
             max_sequence_length=arch.max_position_embeddings,
             pre_process=topology.is_first_stage and chunk == 0,
@@ -172,6 +184,8 @@ def build_model(
             rotary=rotary,
             attention=backend.attention,
             true_vocab_size=arch.vocab_size,
+            final_softcap=arch.final_softcap,
+            embedding_scale=arch.embedding_scale,
             vp_stage=stage,
         )
         parts.append(model.to(topology.device))

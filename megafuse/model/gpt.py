@@ -15,11 +15,24 @@ class FusionGPT(GPTModel):
     """A pipeline stage of the target model, or one of its chunks.
 
     Differences from `GPTModel`: RoPE angles follow the row's positions, `attention_mask` carries the row's layout, and
-    the LM head runs on the rows that predict a response token instead of on every position.
+    the LM head runs on the rows that predict a response token instead of on every position. Some models scale what the
+    embedding gives, and cap their logits.
     """
 
-    def __init__(self, *args: Any, rotary: RowRotary, attention: str, true_vocab_size: int, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        rotary: RowRotary,
+        attention: str,
+        true_vocab_size: int,
+        final_softcap: float | None = None,
+        embedding_scale: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.final_softcap = final_softcap
+        if self.pre_process and embedding_scale is not None:
+            self.embedding.register_forward_hook(scaled_by(embedding_scale))
         self.rotary_pos_emb = rotary
         self.attention = attention
         self.true_vocab_size = true_vocab_size
@@ -55,12 +68,18 @@ class FusionGPT(GPTModel):
             vocab_start=tp.rank() * weight.size(0),
             tp_group=tp if tp.size() > 1 else None,
             sequence_parallel=self.config.sequence_parallel,
+            softcap=self.final_softcap,
             vocab_size=self.true_vocab_size,
         )
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """mcore would apply the LM head to every position here; `forward` does it for response targets only."""
         return hidden_states
+
+
+def scaled_by(scale: float) -> Any:
+    """A forward hook that multiplies what a module gives by `scale`, rounded to its dtype as published models do."""
+    return lambda module, inputs, output: output * torch.tensor(scale, dtype=output.dtype, device=output.device)
 
 
 def packed_params(layout: Tensor) -> PackedSeqParams:

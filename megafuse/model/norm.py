@@ -1,5 +1,6 @@
-"""RMSNorm with Megatron's constructor, for runs without Transformer Engine."""
+"""RMSNorm with Megatron's constructor, for runs without Transformer Engine; linear modules with a norm behind them."""
 
+import functools
 from typing import Any
 
 import torch
@@ -8,16 +9,43 @@ from torch.nn.functional import rms_norm
 
 
 class RMSNorm(torch.nn.Module):
-    """y = x / rms(x) * weight, computed in fp32 and returned in the dtype of x. [..., hidden] -> [..., hidden]."""
+    """y = x / rms(x) * weight, computed in fp32 and returned in the dtype of x. [..., hidden] -> [..., hidden].
+
+    Where the configuration says `layernorm_zero_centered_gamma`, the factor is 1 + weight.
+    """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
         self.eps = eps
+        self.centre = 1.0 if config.layernorm_zero_centered_gamma else 0.0
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        ones = torch.ones(hidden_size, dtype=config.params_dtype, device=device)
+        self.weight = torch.nn.Parameter(ones - self.centre)
         # finalize_model_grads sums the gradients of parameters marked so over the tensor-parallel ranks
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        return rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        factor = self.weight.float() + self.centre if self.centre else self.weight.float()
+        return rms_norm(x.float(), self.weight.shape, factor, self.eps).to(x.dtype)
+
+
+@functools.cache  # one class for all layers
+def normed(linear: type, norm: Any) -> type:
+    """The row-parallel linear module `linear` with a norm behind it (`post_layernorm`), as Gemma 2 has them.
+
+    Its epsilon is the configuration's: mcore's own default would be another. What it answers: (normed output, bias),
+    the bias None, in the places of `linear`'s: under sequence parallelism each rank norms its part of the row.
+    """
+
+    class NormedLinear(linear):
+        def __init__(self, input_size: int, output_size: int, *args: Any, config: Any, **kwargs: Any) -> None:
+            super().__init__(input_size, output_size, *args, config=config, **kwargs)
+            self.post_layernorm = norm(config=config, hidden_size=output_size, eps=config.layernorm_epsilon)
+
+        def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+            output, bias = super().forward(*args, **kwargs)
+            return self.post_layernorm(output), bias
+
+    NormedLinear.__name__ = f"Normed{linear.__name__}"
+    return NormedLinear

@@ -15,9 +15,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megafuse.model.arch import ModelArch
 from megafuse.model.attention import core_attention
 from megafuse.model.moe import torch_experts
-from megafuse.model.norm import RMSNorm
+from megafuse.model.norm import RMSNorm, normed
 
 # mcore stores every flavour under Transformer Engine's names, where a norm is part of the linear layer behind it; a
 # router and its experts share the norm before them, which stays on its own
@@ -28,12 +29,11 @@ CANONICAL_NAMES = {
 CANONICAL_MOE_NAMES = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 
 
-def torch_layer(core_attention: Any, *, qk_norm: bool = False, experts: bool = False) -> ModuleSpec:
+def torch_layer(core_attention: Any, arch: ModelArch) -> ModuleSpec:
     """A layer of mcore's own parallel linear modules, for any device."""
-    mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    )
-    norm = RMSNorm if qk_norm else None
+    row = normed(RowParallelLinear, RMSNorm) if arch.sandwich_norms else RowParallelLinear
+    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=row))
+    norm, experts = RMSNorm if arch.qk_norm else None, arch.num_experts is not None
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -44,7 +44,7 @@ def torch_layer(core_attention: Any, *, qk_norm: bool = False, experts: bool = F
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
                     core_attention=core_attention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=row,
                     q_layernorm=norm,
                     k_layernorm=norm,
                 ),
@@ -58,30 +58,37 @@ def torch_layer(core_attention: Any, *, qk_norm: bool = False, experts: bool = F
     )
 
 
-def te_layer(core_attention: Any | None, *, qk_norm: bool = False, experts: int | None = None) -> ModuleSpec:
+def te_layer(core_attention: Any | None, arch: ModelArch) -> ModuleSpec:
     """A layer of Transformer Engine's modules; `core_attention` None keeps TE's own."""
+    from megatron.core.extensions.transformer_engine import TENorm, TERowParallelLinear
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
+    experts = arch.num_experts
     spec = get_gpt_layer_with_transformer_engine_spec(
-        num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=qk_norm
+        num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=arch.qk_norm
     )
     if core_attention is not None:
         spec.submodules.self_attention.submodules.core_attention = core_attention
+    if arch.sandwich_norms:
+        row = normed(TERowParallelLinear, TENorm)
+        spec.submodules.self_attention.submodules.linear_proj = row
+        spec.submodules.mlp.submodules.linear_fc2 = row
     return spec
 
 
-def block_spec(config: Any, *, layers: str, attention: str, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def block_spec(
+    config: Any, arch: ModelArch, *, layers: str, attention: str, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
     """Specification of one pipeline stage's layers.
 
     layers: `torch` or `te`; attention: `sdpa`, `flex` or `te`; vp_stage: the virtual stage, None without them.
     """
-    core = core_attention(attention)
-    qk_norm, experts = config.qk_layernorm, config.num_moe_experts
+    core = core_attention(attention, arch)
     if layers == "te":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, norm = te_layer(core, qk_norm=qk_norm, experts=experts), TENorm
+        layer, norm = te_layer(core, arch), TENorm
     else:
-        layer, norm = torch_layer(core, qk_norm=qk_norm, experts=experts is not None), RMSNorm
+        layer, norm = torch_layer(core, arch), RMSNorm
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)

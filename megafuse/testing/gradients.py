@@ -181,7 +181,7 @@ def compare(found: BatchFacts, exact: BatchFacts) -> Difference:
         got = found.gradients[key]
         if got.shape != wanted.shape and got.shape[1:] == wanted.shape[1:]:
             got = got[: len(wanted)]  # rows of the padded vocabulary
-        kept = wanted.ndim - min(wanted.ndim, 1 if "norm" in key else 2)
+        kept = wanted.ndim - min(wanted.ndim, 1 if "norm" in key or key.endswith("bias") else 2)
         axes = tuple(range(kept, wanted.ndim))
         error = (got - wanted).square().sum(axes).sqrt()
         size = wanted.square().sum(axes).sqrt().clamp(min=1e-4 * total)

@@ -40,7 +40,8 @@ class ExactRouter(torch.nn.Module):
 
     def __init__(self, router: Any) -> None:
         super().__init__()
-        self.weight, self.top_k, self.normalised = router.weight, router.top_k, router.norm_topk_prob
+        self.weight, self.top_k = router.weight, router.top_k
+        self.normalised = getattr(router, "norm_topk_prob", True)  # Mixtral always does
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [t, experts], weights [t, k] and numbers [t, k] of the chosen experts."""
@@ -51,19 +52,62 @@ class ExactRouter(torch.nn.Module):
         return logits, weights, chosen
 
 
+class ExactZeroCentredNorm(torch.nn.Module):
+    """Gemma's norm, x / rms(x) * (1 + weight), in the dtype of its input."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] -> [..., hidden]"""
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * (1 + self.weight)
+
+
+def exact_capped_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *, softcap: float | None = None,
+    scaling: float, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention in the dtype of its input, as transformers calls it; its own softmax would be fp32.
+
+    query: [b, h, t, d]; key, value: [b, g, t, d]; attention_mask: [b, 1, t, t], added -> ([b, t, h, d], None).
+    """
+    ways = query.size(1) // key.size(1)
+    key, value = key.repeat_interleave(ways, dim=1), value.repeat_interleave(ways, dim=1)
+    scores = query @ key.transpose(-1, -2) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = (scores + attention_mask).softmax(-1)
+    return (weights @ value).transpose(1, 2), None
+
+
 def double_model(hf_folder: Path) -> Any:
     """transformers' model with float64 weights AND float64 arithmetic.
 
-    Its own RMSNorm and router softmax would fall back to fp32, and its fast expert products may refuse float64.
+    Its own RMSNorm, router softmax and capped attention would fall back to fp32, and its fast expert products may
+    refuse float64.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+    from transformers.masking_utils import eager_mask
 
+    attention = "sdpa"
+    if getattr(AutoConfig.from_pretrained(hf_folder), "attn_logit_softcapping", None) is not None:
+        attention = "exact_capped"
+        AttentionInterface.register(attention, exact_capped_attention)
+        AttentionMaskInterface.register(attention, eager_mask)
     model = AutoModelForCausalLM.from_pretrained(
-        hf_folder, attn_implementation="sdpa", experts_implementation="eager"
+        hf_folder, attn_implementation=attention, experts_implementation="eager"
     ).double()
     for name, module in list(model.named_modules()):
         exact: torch.nn.Module
-        if type(module).__name__.endswith("RMSNorm"):
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None  # torch gives that row no gradient, though it is a token like any other
+        if hasattr(module, "scalar_embed_scale"):  # kept in fp32
+            module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float64)
+            continue
+        if type(module).__name__ == "Gemma2RMSNorm":
+            exact = ExactZeroCentredNorm(module)
+        elif type(module).__name__.endswith("RMSNorm"):
             exact = torch.nn.RMSNorm(module.weight.numel(), eps=module.variance_epsilon, dtype=torch.float64)
             exact.weight = module.weight
         elif type(module).__name__.endswith("TopKRouter"):
@@ -81,18 +125,26 @@ def hf_gradients(model: Any) -> dict[str, Tensor]:
     A tied output layer has none of its own. transformers 5 keeps all experts of a layer in two tensors, `gate_up_proj`
     [experts, 2 * width, hidden] and `down_proj` [experts, hidden, width]; on disk there are three for each expert.
     """
-    gradients = {}
-    for name, parameter in model.named_parameters():
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    parameters = list(model.named_parameters())
+    whole = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters}
+    return on_disk(whole, mixtral=model.config.model_type == "mixtral")
+
+
+def on_disk(tensors: dict[str, Tensor], *, mixtral: bool) -> dict[str, Tensor]:
+    """Tensors by transformers 5's names in memory -> views of them by their names in files."""
+    block = "block_sparse_moe" if mixtral else "mlp"
+    gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    result = {}
+    for name, tensor in tensors.items():
         layer, fused, kind = name.partition(".mlp.experts.")
         if not fused:
-            gradients[name] = gradient
+            result[name.replace(".mlp.gate.", f".{block}.gate.")] = tensor
             continue
-        for expert, part in enumerate(gradient):
-            halves = part.chunk(2) if kind == "gate_up_proj" else (part,)
-            for half, proj in zip(halves, ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)):
-                gradients[f"{layer}.mlp.experts.{expert}.{proj}.weight"] = half
-    return gradients
+        for expert, part in enumerate(tensor):
+            names = (gate, up) if kind == "gate_up_proj" else (down,)
+            for half, proj in zip(part.chunk(len(names)), names):
+                result[f"{layer}.{block}.experts.{expert}.{proj}.weight"] = half
+    return result
 
 
 def response_logps(model: Any, group: Group) -> Tensor:

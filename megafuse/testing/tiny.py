@@ -51,19 +51,49 @@ def write_tiny_llama(
         attention_bias=False,
     )
     model = LlamaForCausalLM(config).float()
-    _randomise(model, torch.Generator().manual_seed(seed))
+    randomise(model, torch.Generator().manual_seed(seed))
     model.save_pretrained(folder)
     return folder
 
 
-def _randomise(model: Any, generator: Any) -> None:
-    """Vectors 1 + 0.1 N, matrices (and stacks of them) 0.6 N / sqrt(columns)."""
+def randomise(model: Any, generator: Any, *, centre: float = 1.0) -> None:
+    """Norm weights `centre` + 0.1 N, biases 0.3 N, matrices (and stacks of them) 0.6 N / sqrt(columns)."""
     import torch
 
     with torch.no_grad():
-        for param in model.parameters():
+        for name, param in model.named_parameters():
             noise = torch.randn(param.shape, generator=generator)
-            param.copy_(1 + 0.1 * noise if param.ndim == 1 else noise * 0.6 / param.shape[-1] ** 0.5)
+            if name.endswith(".bias"):
+                param.copy_(0.3 * noise)
+            else:
+                param.copy_(centre + 0.1 * noise if param.ndim == 1 else noise * 0.6 / param.shape[-1] ** 0.5)
+
+
+def decide_routing(model: Any, generator: Any, *, tied: bool) -> None:
+    """Make a random model's choice of experts independent of rounding, in transformers' Qwen3-MoE or Mixtral.
+
+    Between random logits some token of a few thousand always stands within 1e-6 of another choice, whatever their
+    scale. So the first dimensions of the embedding, as many as experts, are a mark: +1 at as many random places as a
+    token has experts, -1 elsewhere, which the layers hardly write to; and every router reads them, in an order of its
+    own. Chosen and other logits are then far apart (> 1), while the probabilities among the chosen still depend on
+    everything.
+    """
+    import torch
+
+    experts, vocab = model.config.num_local_experts, model.config.vocab_size
+    with torch.no_grad():
+        chosen = torch.rand(vocab, experts, generator=generator).argsort(-1)[:, : model.config.num_experts_per_tok]
+        marks = torch.full((vocab, experts), -1.0).scatter(1, chosen, 1.0)
+        model.model.embed_tokens.weight[:, :experts] = marks
+        if tied:  # the marks would make nearly all of every logit
+            model.model.norm.weight[:experts] *= 0.1
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[:experts] *= 0.1
+            layer.mlp.experts.down_proj[:, :experts] *= 0.1
+            order = torch.randperm(experts, generator=generator)
+            router = layer.mlp.gate.weight
+            router.mul_(0.3)
+            router[torch.arange(experts), order] += 2.0
 
 
 def _qwen3_settings(
@@ -105,7 +135,7 @@ def write_tiny_qwen3(
 
     config = Qwen3Config(**_qwen3_settings(layers, hidden, heads, kv_heads, head_dim, vocab, tied))
     model = Qwen3ForCausalLM(config).float()
-    _randomise(model, torch.Generator().manual_seed(seed))
+    randomise(model, torch.Generator().manual_seed(seed))
     model.save_pretrained(folder)
     return folder
 
@@ -128,11 +158,7 @@ def write_tiny_qwen3_moe(
 ) -> Path:
     """A random Qwen3-MoE as a Hugging Face folder, fp32, per-expert names on disk as published models have them.
 
-    Conditioned as `write_tiny_llama`, and the choice of experts does not depend on rounding. Between random logits some
-    token of a few thousand always stands within 1e-6 of another choice, whatever their scale. So the first `experts`
-    dimensions of the embedding are a mark: +1 at `experts_per_token` random places, -1 elsewhere, which the layers
-    hardly write to; and every router reads them, in an order of its own. Chosen and other logits are then far apart
-    (> 1), while the probabilities among the chosen still depend on everything.
+    Conditioned as `write_tiny_llama`, and the choice of experts does not depend on rounding: `decide_routing`.
     """
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -146,20 +172,8 @@ def write_tiny_qwen3_moe(
     )
     generator = torch.Generator().manual_seed(seed)
     model = Qwen3MoeForCausalLM(config).float()
-    _randomise(model, generator)
-    with torch.no_grad():
-        chosen = torch.rand(vocab, experts, generator=generator).argsort(-1)[:, :experts_per_token]
-        marks = torch.full((vocab, experts), -1.0).scatter(1, chosen, 1.0)
-        model.model.embed_tokens.weight[:, :experts] = marks
-        if tied:  # the marks would make nearly all of every logit
-            model.model.norm.weight[:experts] *= 0.1
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight[:experts] *= 0.1
-            layer.mlp.experts.down_proj[:, :experts] *= 0.1
-            order = torch.randperm(experts, generator=generator)
-            router = layer.mlp.gate.weight
-            router.mul_(0.3)
-            router[torch.arange(experts), order] += 2.0
+    randomise(model, generator)
+    decide_routing(model, generator, tied=tied)
     model.save_pretrained(folder)
     return folder
 

@@ -117,7 +117,7 @@ def test_agrees_with_transformers():
         ({"vocab_size": "32000"}, "vocab_size"),
         ({"vocab_size": True}, "vocab_size"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
-        ({"architectures": ["Qwen2ForCausalLM"]}, "LlamaForCausalLM"),
+        ({"architectures": ["PhiForCausalLM"]}, "LlamaForCausalLM"),
         ({"architectures": None}, "architectures"),
         ({"model_type": "mistral"}, "model_type"),
         ({"torch_dtype": "float8_e4m3fn"}, "float8"),

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from megafuse.converters.layouts import rank_state_dict, stage_layers
+from megafuse.converters.maps import find, register
+from megafuse.converters.maps.llama import TABLE as LLAMA
 from megafuse.converters.plan import Plan, check_bijection
 from megafuse.converters.safetensors_io import SafetensorsFolder
-from megafuse.converters.table import LLAMA, Arch, Hf, Row, find, register
+from megafuse.converters.table import Arch, Hf, Row
 from megafuse.errors import ConfigError, IntegrityError, UnsupportedModelError
 from megafuse.model.arch import ModelArch
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megafuse.data.shard import owners
 from megafuse.model.arch import ModelArch, RopeScaling
-from megafuse.model.attention import RowAttention, RowCache, sdpa_attend, sdpa_blocks, visible
+from megafuse.model.attention import RowAttention, RowCache, row_positions, sdpa_attend, sdpa_blocks, visible
 from megafuse.model.flex import flex_attend, flex_mask
 from megafuse.model.rope import RowRotary, inverse_frequencies
 
@@ -82,25 +82,48 @@ def test_visible_means_own_segment_so_far_and_the_whole_parent(rng: torch.Genera
             assert bool(mask[q, k]) == wanted
 
 
-def row_attention(scale: float) -> RowAttention:
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_window_counts_positions_not_places(rng: torch.Generator, shared: bool) -> None:
+    layout = random_layout(rng, shared)
+    segment, parent = layout.tolist()
+    positions = row_positions(layout[0], layout[1])
+    for place in range(len(segment)):
+        if segment[place] < 0:
+            continue
+        within = segment[:place].count(segment[place])
+        prompt = segment.count(parent[place]) if parent[place] != segment[place] else 0
+        assert positions[place] == within + prompt
+    for window in (1, 2, 4, 100):
+        near = positions[:, None] - positions[None, :] < window
+        assert torch.equal(visible(layout[0], layout[1], None, window), visible(layout[0], layout[1]) & near)
+
+
+def row_attention(scale: float, window: int | None = None, softcap: float | None = None) -> RowAttention:
     attention = RowAttention.__new__(RowAttention)
     torch.nn.Module.__init__(attention)
     attention.rows, attention.attend, attention.scale = RowCache(sdpa_blocks), sdpa_attend, scale
+    attention.softcap, attention.window = softcap, window
     return attention
 
 
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("shared", [True, False])
-def test_row_attention_equals_dense_float64(rng: torch.Generator, shared: bool) -> None:
+def test_row_attention_equals_dense_float64(
+    rng: torch.Generator, shared: bool, window: int | None, softcap: float | None
+) -> None:
     layout = random_layout(rng, shared)
     t = layout.size(1)
     real = int((layout[0] >= 0).sum())
     q, k, v = (torch.randn(t, 1, h, 8, generator=rng, requires_grad=True) for h in (6, 2, 2))
-    out = row_attention(8**-0.5)(q, k, v, layout)
+    out = row_attention(8**-0.5, window, softcap)(q, k, v, layout)
 
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
     keys, values = (x[:, 0].repeat_interleave(3, dim=1) for x in wide[1:])
     scores = torch.einsum("qhd,khd->hqk", wide[0][:, 0], keys) * 8**-0.5
-    mask = visible(layout[0], layout[1])
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    mask = visible(layout[0], layout[1], None, window)
     weights = torch.softmax(scores.masked_fill(~mask, float("-inf"))[:, :real], -1)
     want = torch.einsum("hqk,khd->qhd", weights, values).reshape(real, 48)
     torch.testing.assert_close(out[:real, 0].double(), want, rtol=1e-5, atol=1e-6)
@@ -115,18 +138,21 @@ def test_row_attention_equals_dense_float64(rng: torch.Generator, shared: bool) 
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("ways", [1, 2, 4])
-def test_flex_and_sdpa_see_the_same_keys_from_any_part_of_a_row(rng: torch.Generator, shared: bool, ways: int) -> None:
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (4, None), (None, 0.6), (3, 0.6)])
+def test_flex_and_sdpa_see_the_same_keys_from_any_part_of_a_row(
+    rng: torch.Generator, shared: bool, ways: int, window: int | None, softcap: float | None
+) -> None:
     layout = random_layout(rng, shared)
     layout = torch.nn.functional.pad(layout, (0, -layout.size(1) % ways), value=-1)
     t = layout.size(1)
     q, k, v = (torch.randn(1, h, t, 16, generator=rng) for h in (6, 2, 2))
-    whole = sdpa_attend(q, k, v, sdpa_blocks(layout[0], layout[1], torch.arange(t)), 0.25)
+    whole = sdpa_attend(q, k, v, sdpa_blocks(layout[0], layout[1], torch.arange(t), window), 0.25, softcap)
     owner = owners(layout, ways)
     for rank in range(ways):
         places = (owner == rank).nonzero().flatten()
         part = q[:, :, places]
-        by_block = sdpa_attend(part, k, v, sdpa_blocks(layout[0], layout[1], places), 0.25)
-        by_tile = flex_attend(part, k, v, flex_mask(layout[0], layout[1], places), 0.25)
+        by_block = sdpa_attend(part, k, v, sdpa_blocks(layout[0], layout[1], places, window), 0.25, softcap)
+        by_tile = flex_attend(part, k, v, flex_mask(layout[0], layout[1], places, window), 0.25, softcap)
         torch.testing.assert_close(by_block, whole[:, :, places], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(by_tile, whole[:, :, places], rtol=1e-5, atol=1e-6)
 
@@ -145,3 +171,4 @@ def test_views_are_built_once_a_row_and_never_mixed_up(rng: torch.Generator) -> 
         assert cache.get(row, 0) is cache.get(row.detach(), 0)
         fresh = sdpa_blocks(row[0], row[1], torch.arange(row.size(1)))
         assert [(b.start, b.stop) for b in cache.get(row, 0).mask] == [(b.start, b.stop) for b in fresh]
+    assert cache.get(rows[0], 0, window=2) is not cache.get(rows[0], 0)

@@ -1,0 +1,146 @@
+"""A tiny random model of every family that converts, as a Hugging Face folder in fp32 (the first ones: `tiny`).
+
+All are conditioned as `write_tiny_llama`. Every number of a configuration matters: caps are near the size of what they
+cap, windows are shorter than the rows, scales differ from their defaults.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megafuse.testing.tiny import decide_routing, randomise, write_tiny_llama, write_tiny_qwen3, write_tiny_qwen3_moe
+
+WINDOW = 8
+
+
+def _settings(layers: int, hidden: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": tied,
+    }
+
+
+def write_tiny_qwen2(
+    folder: Path,
+    *,
+    seed: int,
+    layers: int = 4,
+    hidden: int = 48,
+    heads: int = 6,
+    kv_heads: int = 2,
+    vocab: int = 120,
+    tied: bool = True,
+) -> Path:
+    """Qwen 2.5: with a bias on queries, keys and values."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(**_settings(layers, hidden, heads, kv_heads, vocab, tied))
+    return _write(Qwen2ForCausalLM(config), folder, seed)
+
+
+def write_tiny_mistral(
+    folder: Path,
+    *,
+    seed: int,
+    layers: int = 4,
+    hidden: int = 48,
+    heads: int = 6,
+    kv_heads: int = 2,
+    vocab: int = 120,
+    tied: bool = False,
+    window: int | None = WINDOW,
+) -> Path:
+    """Mistral, with a window in every layer or none."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(**_settings(layers, hidden, heads, kv_heads, vocab, tied), sliding_window=window)
+    return _write(MistralForCausalLM(config), folder, seed)
+
+
+def write_tiny_mixtral(
+    folder: Path,
+    *,
+    seed: int,
+    layers: int = 4,
+    hidden: int = 48,
+    heads: int = 6,
+    kv_heads: int = 2,
+    vocab: int = 120,
+    tied: bool = False,
+    window: int | None = WINDOW,
+    experts: int = 4,
+    experts_per_token: int = 2,
+) -> Path:
+    """Mixtral: experts of width 2 * hidden under their names on disk, chosen as in `decide_routing`."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        **_settings(layers, hidden, heads, kv_heads, vocab, tied),
+        sliding_window=window,
+        num_local_experts=experts,
+        num_experts_per_tok=experts_per_token,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    model = MixtralForCausalLM(config).float()
+    randomise(model, generator)
+    decide_routing(model, generator, tied=tied)
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_tiny_gemma2(
+    folder: Path,
+    *,
+    seed: int,
+    layers: int = 4,
+    hidden: int = 48,
+    heads: int = 6,
+    kv_heads: int = 2,
+    head_dim: int = 12,
+    vocab: int = 120,
+    tied: bool = True,
+    window: int = WINDOW,
+    attention_softcap: float | None = 1.0,
+    final_softcap: float | None = 1.5,
+) -> Path:
+    """Gemma 2: layers 0 and 2 have the window, scores and logits are near their caps, heads are wider than usual."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        **_settings(layers, hidden, heads, kv_heads, vocab, tied),
+        head_dim=head_dim,
+        sliding_window=window,
+        attn_logit_softcapping=attention_softcap,
+        final_logit_softcapping=final_softcap,
+        query_pre_attn_scalar=5,
+    )
+    return _write(Gemma2ForCausalLM(config), folder, seed, centre=0.0)
+
+
+def _write(model: Any, folder: Path, seed: int, *, centre: float = 1.0) -> Path:
+    import torch
+
+    model = model.float()
+    randomise(model, torch.Generator().manual_seed(seed), centre=centre)
+    model.save_pretrained(folder)
+    return folder
+
+
+WRITERS: Mapping[str, Callable[..., Path]] = {
+    "llama": write_tiny_llama,
+    "qwen2": write_tiny_qwen2,
+    "qwen3": write_tiny_qwen3,
+    "qwen3_moe": write_tiny_qwen3_moe,
+    "mistral": write_tiny_mistral,
+    "mixtral": write_tiny_mixtral,
+    "gemma2": write_tiny_gemma2,
+}
