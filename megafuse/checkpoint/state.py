@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.serialization import (
     get_default_save_sharded_strategy,
 )
 
-from megafuse.checkpoint import crossing
+from megafuse.checkpoint import relayout
 from megafuse.checkpoint.optimizer_state import (
     fill_empty_state,
     is_fused,
@@ -86,18 +86,15 @@ def load_run(engine: Engine, topology: Topology, folder: Path, *, same_layout: b
     if not same_layout:
         state.pop("rng")
     stored = dist_checkpointing.load_common_state_dict(str(folder))["optimizer"]
-    wanted = state["optimizer"]
-    crossed = crossing.crosses(wanted, stored)
-    if crossed:  # under a name of its own, so that mcore does not mix it with the stored settings
-        bf16 = any(p.dtype == torch.bfloat16 for chunk in engine.bare for p in chunk.parameters())
-        state["crossed"] = crossing.request(state.pop("optimizer"), bf16=bf16)
+    wanted = state.pop("optimizer")
+    bf16 = any(p.dtype == torch.bfloat16 for chunk in engine.bare for p in chunk.parameters())
+    # under a name of its own: mcore would merge it with the settings stored at another layout
+    state["adam"] = relayout.request(wanted, stored, bf16=bf16)
     loaded = dist_checkpointing.load(state, str(folder), get_default_load_sharded_strategy(str(folder)))
-    if crossed:
-        fused = is_fused(engine.optimizer)
-        loaded["optimizer"] = crossing.complete(loaded["crossed"], wanted, stored, fused=fused)
+    adam = relayout.complete(loaded["adam"], wanted, stored, fused=is_fused(engine.optimizer))
     _load_chunks(engine.bare, loaded)
     keep_what_is_not_loaded(engine.optimizer)
-    engine.optimizer.load_state_dict(loaded["optimizer"])
+    engine.optimizer.load_state_dict(adam)
     unshare_steps(engine.optimizer)
     engine.scheduler.num_steps = 0  # loading advances by the stored count
     engine.scheduler.load_state_dict(loaded["scheduler"])

@@ -101,7 +101,7 @@ def _look(engine: Any, topology: Any, seen: Seen) -> None:
     steps = {float(s["step"]) for optimizer in inner for s in optimizer.state.values() if "step" in s}
     settings = ("lr", "weight_decay", "betas", "eps")
     groups = {
-        tuple(g[key] for key in ("wd_mult", "lr_mult", "is_expert_parallel")): tuple(g[key] for key in settings)
+        tuple(g[key] for key in ("wd_mult", "lr_mult")): tuple(g[key] for key in settings)
         for optimizer in inner
         for g in optimizer.param_groups
     }

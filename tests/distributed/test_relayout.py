@@ -14,7 +14,7 @@ from megafuse.data.sampler import BatchSampler
 from megafuse.observe.metrics import read_metrics
 from megafuse.testing.distributed import run_distributed
 from megafuse.testing.gathered import Job, Seen, different, train_and_look
-from megafuse.testing.tiny import write_tiny_dataset, write_tiny_llama
+from megafuse.testing.tiny import write_tiny_dataset, write_tiny_llama, write_tiny_qwen3_moe
 
 pytestmark = pytest.mark.distributed
 
@@ -45,25 +45,24 @@ def at(world: int, *, distributed: bool = True, precision: str = "fp32", model: 
 
 
 DP1, DP2, CP2 = at(1), at(2), at(2, context=2)
-TP2_SP = at(2, tensor=2, sequence=True)
+TP2_SP, TP2_SP_PLAIN = (at(2, tensor=2, sequence=True, distributed=d) for d in (True, False))
 PP2, PP2_PLAIN = at(2, pipeline=2), at(2, pipeline=2, distributed=False)
 VPP2 = at(2, pipeline=2, virtual_pipeline=2)
-TP2_CP2 = at(4, tensor=2, context=2, model="untied")
 RELAYOUTS = [
-    (DP2, TP2_SP),
+    (DP2, TP2_SP_PLAIN),
     (TP2_SP, DP2),
     (DP1, CP2),
     (DP1, at(4, tensor=2, pipeline=2, sequence=True)),
     (CP2, PP2),
-    (PP2, VPP2),
+    (PP2_PLAIN, VPP2),
     (VPP2, PP2),
     (VPP2, DP2),
-    (TP2_CP2, at(2, pipeline=2, first_stage_layers=3, model="untied")),
-    (DP2, at(2, distributed=False)),
-    (PP2_PLAIN, VPP2),
     (PP2_PLAIN, DP1),
+    (at(4, tensor=2, context=2, model="untied"), at(2, pipeline=2, first_stage_layers=3, model="untied")),
     (at(2, precision="bf16"), at(2, tensor=2, sequence=True, precision="bf16", distributed=False)),
     (at(2, tensor=2, precision="bf16", distributed=False), at(2, pipeline=2, precision="bf16")),
+    (at(2, expert=2, model="moe"), at(2, tensor=2, sequence=True, model="moe")),
+    (at(2, pipeline=2, distributed=False, model="moe"), at(2, expert=2, model="moe")),
 ]
 
 
@@ -78,6 +77,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     print("seed", seed)
     import_hf(write_tiny_llama(root / "hf", seed=seed, vocab=VOCAB), root / "tied")
     import_hf(write_tiny_llama(root / "hf-untied", seed=seed, vocab=VOCAB, tied=False), root / "untied")
+    import_hf(write_tiny_qwen3_moe(root / "hf-moe", seed=seed, vocab=VOCAB, tied=True), root / "moe")
     write_tiny_dataset(root / "pair", "pair", seed=seed, vocab=VOCAB, groups=GROUPS)
     return root
 

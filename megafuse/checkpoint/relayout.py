@@ -1,9 +1,13 @@
-"""Optimizer state that was written with the distributed optimizer, read without it, and the other way round.
+"""Adam's state from a checkpoint of any layout, distributed optimizer or not, into the optimizer of this one.
 
-Both keep Adam's moments under the same keys, `optimizer.state.exp_avg.X`; three things differ. The fp32 master weights
-of a bf16 run are `optimizer.state.param.X` with it, `optimizer.state.fp32_param.X` without. In an fp32 run they are the
-model's own weights, which it stores again and the plain one does not. And the step count, which all parameters share,
-stands in the parameter groups with it, beside the state without.
+Tensors are stored whole under canonical names, so mcore reads them at any layout. The rest of its optimizer state
+dict has the shape of the layout that wrote it: one part, or two where expert parallelism sets experts apart, and groups
+of parameters marked accordingly. So of that rest only the step count is taken; the settings of the groups follow from
+the run's configuration, and the schedule sets rate and weight decay.
+
+With and without the distributed optimizer the moments have the same names, `optimizer.state.exp_avg.X`. The fp32 master
+weights of a bf16 run are `optimizer.state.param.X` with it, `optimizer.state.fp32_param.X` without. In an fp32 run they
+are the model's own weights, which it stores again and the plain optimizer does not.
 """
 
 from collections.abc import Iterator
@@ -11,11 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import (
-    dict_list_map_inplace,
-    extract_matching_values,
-    merge,
-)
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, extract_matching_values, merge
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 
 from megafuse.errors import IntegrityError
@@ -24,16 +24,13 @@ _DISTRIBUTED, _PLAIN = "optimizer.state.param.", "optimizer.state.fp32_param."
 _MARK = "param_state_sharding_type"  # only the distributed optimizer writes it
 
 
-def crosses(wanted: dict[Any, Any], stored: dict[Any, Any]) -> bool:
-    """Exactly one of two optimizer state dicts is a distributed optimizer's."""
-    return _is_distributed(wanted) != _is_distributed(stored)
+def request(wanted: dict[Any, Any], stored: dict[Any, Any], *, bf16: bool) -> dict[Any, Any]:
+    """`wanted`, this optimizer's sharded state dict, in the names of the checkpoint with the common state `stored`.
 
-
-def request(wanted: dict[Any, Any], *, bf16: bool) -> dict[Any, Any]:
-    """What to load for `wanted`, this optimizer's sharded state, from a checkpoint of the other kind.
-
-    In an fp32 run the distributed optimizer's master weights are left out: they are views of the model's.
+    Where an fp32 checkpoint holds no master weights, they are left out: they are views of the model's.
     """
+    if _is_distributed(wanted) == _is_distributed(stored):
+        return wanted
     if not _is_distributed(wanted):
         _rename(wanted, _PLAIN, _DISTRIBUTED)
     elif bf16:
@@ -46,9 +43,9 @@ def request(wanted: dict[Any, Any], *, bf16: bool) -> dict[Any, Any]:
 
 
 def complete(loaded: dict[Any, Any], wanted: dict[Any, Any], stored: dict[Any, Any], *, fused: bool) -> dict[Any, Any]:
-    """`loaded` with what is no tensor: the settings of `wanted` (they follow from the run's config) and the step count.
+    """`loaded` tensors with the settings of `wanted` and the step count of `stored`: what the optimizer can load.
 
-    stored: the optimizer part of the checkpoint's common state. fused: the optimizer counts its steps in its groups.
+    fused: the optimizer counts its steps in its groups (see `optimizer_state.is_fused`).
     Raises:
         IntegrityError: the checkpoint has no step count, or several.
     """
