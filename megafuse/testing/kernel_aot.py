@@ -33,7 +33,7 @@ class Build:
 
 
 def builds() -> Iterator[Build]:
-    """Every kernel of megafuse.kernels, in the variants that differ in code."""
+    """Every kernel of megafuse.kernels, in the variants that hold the most code."""
     yield from _logits()
     yield from _segments()
     yield from _heads()
@@ -46,8 +46,8 @@ def _logits() -> Iterator[Build]:
 
     sizes = {"rows": "i32", "start": "i32", "columns": "i32", "scale": "fp32", "cap": "fp32"}
     wide = {"num_warps": 8}
-    for capped in (False, True):
-        for dtype in ("bf16", "fp32"):
+    for capped, dtypes in ((False, ("bf16", "fp32")), (True, ("bf16",))):
+        for dtype in dtypes:
             constants = {"CAPPED": capped, "BLOCK": 4096}
             types = {"logits": f"*{dtype}", "stride": "i32", "targets": "*i64", "stats": "*fp32", **sizes}
             aligned: tuple[str, ...] = ("logits", "stride", "targets", "stats", "rows", "columns")
@@ -72,10 +72,9 @@ def _segments() -> Iterator[Build]:
     types = {"logp": "*fp32", "ids": "*i64", "tokens": "i32", "segments": "i32", "part": "*fp64", "parts": "*fp64"}
     types |= {"ranks": "i32", "sums": "*fp32", "counts": "*i64", "grad": "*fp32", "out": "*fp32"}
     yield Build("segment_sum", segment_sum, types, {"BLOCK": 2048}, {"num_warps": 8}, ("logp", "ids"))
-    for mean in (False, True):
-        constants = {"MEAN": mean, "BLOCK": 256}
-        yield Build(f"finish_segments-mean{mean:d}", finish_segments, types, constants)
-        yield Build(f"segment_gradient-mean{mean:d}", segment_gradient, types, constants)
+    constants = {"MEAN": True, "BLOCK": 256}
+    yield Build("finish_segments", finish_segments, types, constants)
+    yield Build("segment_gradient", segment_gradient, types, constants)
 
 
 def _heads() -> Iterator[Build]:
@@ -86,15 +85,14 @@ def _heads() -> Iterator[Build]:
     types |= {"losses": "*fp32", "entropy": "*fp64", "metrics": "*fp64", "grad": "*fp32", "out": "*fp32"}
     types |= dict.fromkeys(("terms", "groups", "width", "pairs"), "i32")
     types |= dict.fromkeys(("beta", "gamma", "smoothing", "alpha", "beta_kl", "clip", "max_log_ratio"), "fp32")
-    for per_token, triple in ((False, False), (True, False), (False, True)):
+    for per_token, triple in ((True, False), (False, True)):
         constants = {"HAS_REF": True, "USE_REF": True, "PER_TOKEN": per_token, "TRIPLE": triple, "BLOCK": 64}
         yield Build(f"terms_pair-mean{per_token:d}-triple{triple:d}", terms_pair, types, constants)
     constants = {"HAS_REF": False, "USE_REF": False, "PER_TOKEN": True, "TRIPLE": False, "BLOCK": 64}
     yield Build("terms_pair-simpo", terms_pair, types, constants)
     yield Build("terms_sft", terms_sft, types, {"PER_TOKEN": True, "BLOCK": 64})
-    for clipped in (False, True):
-        constants = {"HAS_REF": True, "CLIPPED": clipped, "K": 4, "BLOCK": 64}
-        yield Build(f"terms_rloo-clipped{clipped:d}", terms_rloo, types, constants)
+    constants = {"HAS_REF": True, "CLIPPED": True, "K": 4, "BLOCK": 64}
+    yield Build("terms_rloo", terms_rloo, types, constants)
     yield Build("reduce_terms", reduce_terms, types, {"BLOCK": 64})
     yield Build("sums_gradient", sums_gradient, types, {"BLOCK": 64})
 
@@ -145,24 +143,20 @@ def _linear() -> Iterator[Build]:
     types |= dict.fromkeys(("hidden_stride", "weight_stride", "e_stride", "width", "start", "columns"), "i32")
     types |= dict.fromkeys(("tiles", "rows", "ranks"), "i32")
     wide = ("hidden", "weight", "x", "e", "scaled", "product", "out", "hidden_stride", "weight_stride", "width")
-    for on in (False, True):
-        constants: dict[str, Any] = {"INDEXED": on, "CAPPED": on, "BLOCK": 2048}
-        yield _linear_build(f"target_logits-{on:d}", linear.target_logits, types, constants, wide)
-        constants = {"ENTROPY": on, "MARK": True, "BLOCK": 128}
-        yield _linear_build(f"sum_tiles-{on:d}", linear.sum_tiles, types, constants)
-        constants = {"CAPPED": on, "ENTROPY": on, "BLOCK": 128}
-        yield _linear_build(f"finish_targets-{on:d}", linear.finish_targets, types, constants)
-        constants = {"SCALED": on, "BLOCK": 2048}
-        yield _linear_build(f"bind_gradient-{on:d}", linear.bind_gradient, types, constants, wide)
-        constants = {"REPEATED": on, "BLOCK": 1024}
-        yield _linear_build(f"fold_rows-{on:d}", linear.fold_rows, types, constants, wide)
-    yield _linear_build("move_anchors", linear.move_anchors, types, {"BLOCK": 128})
+    wide_row = {"BLOCK": 2048}
+    yield _linear_build(linear.target_logits, types, {"INDEXED": True, "CAPPED": True, **wide_row}, wide)
+    yield _linear_build(linear.sum_tiles, types, {"ENTROPY": True, "MARK": True, "BLOCK": 128})
+    yield _linear_build(linear.move_anchors, types, {"BLOCK": 128})
+    yield _linear_build(linear.finish_targets, types, {"CAPPED": True, "ENTROPY": True, "BLOCK": 128})
+    yield _linear_build(linear.bind_gradient, types, {"SCALED": True, **wide_row}, wide)
+    yield _linear_build(linear.fold_rows, types, {"REPEATED": True, "BLOCK": 1024}, wide)
 
 
 def _linear_build(
-    name: str, kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], wide: tuple[str, ...] = ()
+    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], wide: tuple[str, ...] = ()
 ) -> Build:
-    return Build(name, kernel, types, constants, {}, tuple(n for n in wide if n in kernel.arg_names))
+    aligned = tuple(name for name in wide if name in kernel.arg_names)
+    return Build(kernel.__name__, kernel, types, constants, {}, aligned)
 
 
 def compile_one(build: Build, folder: Path, capability: int = 90) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def eager(compiled: bool) -> Iterator[Provider]:
 
 def torch_linear_cross_entropy() -> Iterator[Provider]:
     """torch.nn.functional.linear_cross_entropy, from torch 2.13."""
-    function = torch.nn.functional.linear_cross_entropy  # type: ignore[attr-defined]
+    function = torch.nn.functional.linear_cross_entropy
 
     def linear(o: Operands) -> Tensor:
         rows = o.rows.to(o.hidden.device)
