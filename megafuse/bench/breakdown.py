@@ -163,12 +163,20 @@ class _Work:
         return getattr(self._work, name)
 
 
+def _can_be_awaited(result: Any) -> bool:
+    """Whether a collective has returned work to wait for; of a coalesced one, torch returns work that is not."""
+    try:
+        return hasattr(result, "wait")
+    except ValueError:
+        return False
+
+
 def _timed(function: Callable[..., Any], timeline: Timeline) -> Callable[..., Any]:
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         with timeline.communication():
             result = function(*args, **kwargs)
-        return _Work(result, timeline) if hasattr(result, "wait") else result
+        return _Work(result, timeline) if _can_be_awaited(result) else result
 
     return call
 

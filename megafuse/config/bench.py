@@ -54,7 +54,7 @@ class BenchConfig(Config):
     data: BenchDataConfig
     loss: Literal["sft", "dpo", "ln_dpo", "simpo", "rloo", "wrpo"] = "ln_dpo"
     """The loss of the stage; its hyper-parameters do not change the time. wrpo needs sources = 2."""
-    sources: tuple[Annotated[int, Field(ge=1)], ...] = Field((4, 16), min_length=1)
+    sources: tuple[Annotated[int, Field(ge=1)], ...] = (4, 16)
     """Numbers of sources kept a prompt, each measured. Above what a prompt has, it borrows the responses of others."""
     responses_per_source: int | None = Field(None, ge=1)
     """Responses kept of each source: its best and its worst, of more also the next best. None: 1 for sft, else 2."""
@@ -76,6 +76,8 @@ class BenchConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> "BenchConfig":
+        if not self.sources:
+            raise ValueError("sources = [] measures nothing; give at least one number")
         wanted = self.resolved_responses
         if self.loss in ("dpo", "ln_dpo", "simpo", "wrpo") and wanted != 2:
             raise ValueError(f"responses_per_source = {wanted}: {self.loss} takes the best and the worst, so 2")

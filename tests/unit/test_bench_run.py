@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from megafuse.bench.breakdown import PARTS, Timeline, instrumented
+from megafuse.bench.breakdown import PARTS, Timeline, _timed, instrumented
 from megafuse.bench.measure import Stepper
 from megafuse.bench.run import bench
 from megafuse.bench.shapes import SHAPES
@@ -280,3 +280,21 @@ def test_backward_and_recomputation_are_charged_to_the_module() -> None:
         line.stop()
     seconds = line.seconds()
     assert 0.05 <= seconds["attention"] < 0.3 <= seconds["linears"], seconds
+
+
+def test_started_collectives_are_timed_when_they_are_awaited() -> None:
+    from torch.distributed.distributed_c10d import _IllegalWork
+
+    class Work:
+        tag = "work"
+
+        def wait(self, timeout: int) -> int:
+            return timeout
+
+    line = Timeline(torch.device("cpu"))
+    line.start()
+    work = _timed(Work, line)()
+    assert (work.wait(7), work.tag) == (7, "work")
+    assert line.seconds()["communication"] > 0
+    illegal = _IllegalWork()  # what a coalesced collective returns: it refuses even to be asked
+    assert _timed(lambda: illegal, line)() is illegal and _timed(lambda: None, line)() is None
