@@ -98,7 +98,10 @@ def _look(engine: Any, topology: Any, seen: Seen) -> None:
     state = run_state(engine, topology, optimizer=True, loading=False)
     pieces = [_piece(tensor) for tensor in _sharded_tensors(state)]
     inner = [part.optimizer for part in parts(engine.optimizer)]
-    steps = {float(s["step"]) for optimizer in inner for s in optimizer.state.values() if "step" in s}
+    counts = [s["step"] for optimizer in inner for s in optimizer.state.values() if "step" in s]
+    if len({id(count) for count in counts}) < len(counts):
+        seen.problems.append("parameters share a step count, which Adam would advance once for each")
+    steps = {float(count) for count in counts}
     settings = ("lr", "weight_decay", "betas", "eps")
     groups = {
         tuple(g[key] for key in ("wd_mult", "lr_mult")): tuple(g[key] for key in settings)
