@@ -1,6 +1,7 @@
 """Model folders: the two kinds told apart and opened, outputs that are whole or absent, checkpoint manifests."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -110,8 +111,10 @@ def new_folder(out: str | Path, *, overwrite: bool, inputs: tuple[Path, ...]) ->
         else:
             os.rename(work, out)
         sync_path(out.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ConfigError(f"{out}: the disk is full, nothing was left behind; free some of it") from error
         raise
 
 

@@ -38,6 +38,57 @@ class Report:
     skipped: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class DryRun:
+    """What an import would do, from headers alone.
+
+    `files`: bytes by name of what would be written (weights without their small headers, side files as they are),
+    `skipped`: what would not be copied, `peak_rss_mib`: a bound on the memory, `free_bytes`: room on the disk.
+    """
+
+    source: str
+    out: str
+    architecture: str
+    parameters: int
+    tensors: int
+    bytes: int
+    files: dict[str, int]
+    skipped: tuple[str, ...]
+    peak_rss_mib: int
+    free_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        """There is room for it."""
+        return sum(self.files.values()) <= self.free_bytes
+
+
+def dry_run(hf_dir: str | Path, out: str | Path, *, block_mb: int = DEFAULT_BLOCK >> 20) -> DryRun:
+    """What `import_hf` would write and need; reads headers, writes nothing. Raises as it does, but for the weights."""
+    hf_dir, out = Path(hf_dir), Path(out).absolute()
+    if is_checkpoint(hf_dir):
+        raise ConfigError(f"{hf_dir} is a checkpoint, not a Hugging Face folder; fix: use export")
+    with open_weights(hf_dir) as (plan, shards):
+        total = sum(tensor_bytes(shards.dtype(name), shape) for name, shape in plan.hf_shapes.items())
+        widest = max(row_bytes(shards.dtype(name), shape) for name, shape in plan.hf_shapes.items())
+        tensors = len(plan.hf_shapes)
+    sides = list(side_files(hf_dir))
+    room = next(parent for parent in out.parents if parent.is_dir())
+    return DryRun(
+        source=str(hf_dir),
+        out=str(out),
+        architecture=plan.model.architecture,
+        parameters=plan.parameters,
+        tensors=tensors,
+        bytes=total,
+        files={"__0_0.distcp": total, **{f"hf/{path.name}": path.stat().st_size for path, kept in sides if kept}},
+        skipped=tuple(path.name for path, kept in sides if not kept),
+        # a block being read and the one before it, which the writer may still hold
+        peak_rss_mib=peak_rss_mib() + (2 * max(block_mb << 20, widest) >> 20),
+        free_bytes=shutil.disk_usage(room).free,
+    )
+
+
 def import_hf(
     hf_dir: str | Path, out: str | Path, *, block_mb: int = DEFAULT_BLOCK >> 20, overwrite: bool = False
 ) -> Report:
@@ -50,16 +101,18 @@ def import_hf(
     began, hf_dir = time.monotonic(), Path(hf_dir)
     if block_mb < 1:
         raise ConfigError(f"block_mb = {block_mb} must be at least 1")
-    if is_checkpoint(hf_dir):
-        raise ConfigError(f"{hf_dir} is a checkpoint, not a Hugging Face folder; fix: use export")
+    planned = dry_run(hf_dir, out, block_mb=block_mb)
+    if not planned.fits:
+        raise ConfigError(
+            f"{out} needs {sum(planned.files.values()):,} bytes, {planned.free_bytes:,} are free; choose another disk"
+        )
     with open_weights(hf_dir) as (plan, shards), new_folder(out, overwrite=overwrite, inputs=(hf_dir,)) as work:
         assert isinstance(shards, SafetensorsFolder)
         check_tied(plan, shards, block_mb << 20)
         hasher = WeightsHasher(plan)
         hashes = write_torch_dist(plan, shards, work, block_bytes=block_mb << 20, seen=hasher.add)
         digest = hasher.finish(shards)
-        skipped = _copy_side_files(hf_dir, work / "hf")
-        write_json_atomic(work / "hf" / LAYOUT, layout_of(plan, shards).to_json())
+        skipped = _keep_side_files(hf_dir, work / "hf", plan, shards)
         files = {p.relative_to(work).as_posix(): p for p in sorted(work.rglob("*")) if p.is_file()}
         total = sum(tensor_bytes(shards.dtype(n), shape) for n, shape in plan.hf_shapes.items())
         write_json_atomic(
@@ -145,8 +198,17 @@ def check_tied(plan: Plan, shards: SafetensorsFolder, block_bytes: int) -> None:
         )
 
 
-def _copy_side_files(hf_dir: Path, keep: Path) -> list[str]:
-    """Copy what is not weights; returns the names of what was left out."""
+def keep_side_files(hf_dir: Path, keep: Path) -> list[str]:
+    """Write into the new folder `keep` what is not weights in `hf_dir`, and how the weights lay in files.
+
+    Returns the names of what was left out. Raises as `import_hf` does.
+    """
+    with open_weights(hf_dir) as (plan, shards):
+        assert isinstance(shards, SafetensorsFolder)
+        return _keep_side_files(hf_dir, keep, plan, shards)
+
+
+def _keep_side_files(hf_dir: Path, keep: Path, plan: Plan, shards: SafetensorsFolder) -> list[str]:
     keep.mkdir()
     skipped = []
     for path, kept in side_files(hf_dir):
@@ -156,4 +218,5 @@ def _copy_side_files(hf_dir: Path, keep: Path) -> list[str]:
             shutil.copyfile(path, keep / path.name)
         else:
             skipped.append(path.name + ("/" if path.is_dir() else ""))
+    write_json_atomic(keep / LAYOUT, layout_of(plan, shards).to_json())
     return skipped

@@ -76,6 +76,8 @@ def stacked_key(pattern: str) -> str:
 class Plan:
     """A whole model: `tensors` by mcore name, `hf_shapes` and `pieces` by HF name, all in table order.
 
+    `placed` has the tensors by (mcore's stacked key, place in the stack).
+
     Raises IntegrityError where the table does not map bytes one to one.
     """
 
@@ -91,6 +93,7 @@ class Plan:
             for layer in range(model.num_layers) if row.stage == "layer" else (None,):
                 for expert in range(model.num_experts or 0) if row.experts else (None,):
                     self._add(row, layer, expert)
+        self.placed = {(packed.key, packed.place): packed for packed in self.tensors.values()}
         check_bijection(self)
 
     def _add(self, row: Row, layer: int | None, expert: int | None) -> None:

@@ -42,10 +42,16 @@ def begin(root: Path, step: int) -> Path:
 def commit(folder: Path, hf_source: Path, facts: dict[str, Any], *, keep: int) -> Path:
     """Finish a written `folder`: HF side files, manifest, fsync, rename, prune to the `keep` newest. One process only.
 
-    hf_source: the checkpoint that training started from; its `hf/` folder (config, tokenizer, shard layout) rides
-    along, so that the new checkpoint can be exported by itself. Returns the final folder.
+    hf_source: the checkpoint or Hugging Face folder that training started from; what is not weights there (config,
+    tokenizer, shard layout) rides along as `hf/`, so that the new checkpoint can be exported by itself. Returns the
+    final folder.
     """
-    shutil.copytree(hf_source / "hf", folder / "hf")
+    if (hf_source / "hf").is_dir():
+        shutil.copytree(hf_source / "hf", folder / "hf")
+    else:
+        from megafuse.converters.importer import keep_side_files
+
+        keep_side_files(hf_source, folder / "hf")
     files = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size} for p in _files(folder)}
     write_json_atomic(
         folder / "manifest.json",

@@ -73,7 +73,12 @@ def save_state(state: dict[str, Any], folder: Path) -> None:
 
 
 def load_model(model: list[Any], topology: Topology, folder: Path) -> None:
-    """Load weights only, from an imported checkpoint or a training checkpoint of any layout. Collective."""
+    """Load weights only: of an imported or a training checkpoint of any layout, or of a Hugging Face folder. Collective."""
+    if not (folder / ".metadata").is_file():
+        from megafuse.converters.direct import load_hf_into
+
+        load_hf_into(model, topology, folder)
+        return
     loaded = dist_checkpointing.load(
         model_state(model, topology), str(folder), get_default_load_sharded_strategy(str(folder))
     )

@@ -27,6 +27,8 @@ class ImportConfig(Config):
     """MiB copied at a time; bounds the memory."""
     overwrite: bool = False
     """Replace `out` where it is an earlier model folder."""
+    dry_run: bool = False
+    """Say what would be written and how much memory it takes, from headers alone; write nothing."""
 
 
 class ExportConfig(Config):
@@ -49,16 +51,24 @@ class ExportConfig(Config):
 
 
 class VerifyConfig(Config):
-    """Check a checkpoint's files, and compare its weights with a Hugging Face folder."""
+    """Is this checkpoint that model? Plan, bits, a real load at several layouts, saving again, logits."""
 
-    ckpt: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CKPT")]
-    """Checkpoint folder."""
-    hf_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="HF_DIR")]
-    """Hugging Face folder to compare with."""
+    src: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
+    """Checkpoint folder or Hugging Face folder."""
+    dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
+    """The other one of the two."""
+    upto: Literal["plan", "bits", "load", "save", "logits"] = "logits"
+    """The last rung to climb. From `load` on the model is built in fp32, on this machine: up to `bits` it is not."""
+    layouts: tuple[str, ...] = ()
+    """Layouts to load at, such as `tp2-pp2`; each takes that many processes. None given: those that fit up to a few."""
+    tokens: Annotated[int | None, Field(ge=2)] = None
+    """Length of the sequence whose logits are compared. None: past the model's window and rope scaling's knee."""
+    tolerance: Annotated[float, Field(gt=0)] = 1e-5
+    """Largest difference of logits that passes, as a share of the largest logit."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the random tokens."""
     block_mb: Annotated[int, Field(ge=1)] = 64
     """MiB compared at a time; bounds the memory."""
-    logits: bool = False
-    """Also load both models in fp32 and compare their logits on random tokens (needs the memory of a model)."""
 
 
 class InspectConfig(Config):
@@ -70,8 +80,20 @@ class InspectConfig(Config):
 
 def run_import(config: ImportConfig) -> int:
     """Import and print one line."""
-    from megafuse.converters.importer import import_hf
+    from megafuse.converters.importer import dry_run, import_hf
 
+    if config.dry_run:
+        plan = dry_run(config.hf_dir, config.out, block_mb=config.block_mb)
+        print(
+            f"would import {plan.architecture}, {plan.parameters:,} parameters, {plan.tensors} tensors, "
+            f"{plan.bytes / 1e9:.2f} GB, at most {plan.peak_rss_mib} MiB of memory"
+        )
+        for name, size in plan.files.items():
+            print(f"{size:>16,}  {plan.out}/{name}")
+        if plan.skipped:
+            print(f"not copied: {', '.join(plan.skipped)}")
+        print(f"{plan.free_bytes / 1e9:.2f} GB are free there: {'it fits' if plan.fits else 'IT DOES NOT FIT'}")
+        return 0 if plan.fits else 1
     _print(import_hf(config.hf_dir, config.out, block_mb=config.block_mb, overwrite=config.overwrite))
     return 0
 
@@ -86,24 +108,23 @@ def run_export(config: ExportConfig) -> int:
 
 
 def run_verify(config: VerifyConfig) -> int:
-    """Verify and say what was compared; a difference is an error (exit code 3)."""
-    from megafuse.converters.verify import verify
+    """Climb the ladder, print every rung as it is done, then the verdict; exit code 3 where one does not hold."""
+    from megafuse.converters.ladder import Finding, verify_ladder
+    from megafuse.errors import IntegrityError
+    from megafuse.parallel.quiet import quiet_dependencies
 
-    report = verify(config.ckpt, config.hf_dir, block_mb=config.block_mb)
-    print(f"{report.files} files match their hashes, {report.tensors} tensors are equal in every bit")
-    if report.unhashed:
-        print(f"no hash in the manifest (sizes checked): {', '.join(report.unhashed)}")
-    if report.side_files_differ:
-        print(f"beside the weights these differ: {', '.join(report.side_files_differ)}")
-    print(f"weights sha256 {report.weights_sha256}")
-    if config.logits:
-        from megafuse.converters.logits import compare_logits
+    def show(finding: Finding) -> None:
+        mark = "ok  " if finding.ok else "FAIL"
+        print(f"{mark}  {finding.rung:<6}  {finding.layout:<14}  {finding.detail}", flush=True)
 
-        found = compare_logits(config.ckpt, config.hf_dir)
-        print(
-            f"logits of {found.tokens} tokens differ by at most {found.difference:.1e} where the largest is "
-            f"{found.largest:.1f}; argmax agrees at {found.agree:.1%}"
-        )
+    settings = config.model_dump(exclude={"src", "dst"})
+    with quiet_dependencies():
+        found = verify_ladder(config.src, config.dst, show=show, **settings)
+    failed = [finding for finding in found if not finding.ok]
+    if failed:
+        print(f"verdict: NOT the same model; it fails at rung {failed[0].rung!r}")
+        return IntegrityError.exit_code
+    print(f"verdict: the same model, up to rung {config.upto!r} ({len(found)} checks)")
     return 0
 
 

@@ -35,7 +35,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command("megafuse.cli.train", "FuseSFT or FusePO; under torchrun, srun, or alone; resumes by itself"),
     "convert import": Command("megafuse.cli.convert", "Hugging Face folder -> Megatron checkpoint", "import"),
     "convert export": Command("megafuse.cli.convert", "Megatron checkpoint -> Hugging Face folder", "export"),
-    "convert verify": Command("megafuse.cli.convert", "compare a checkpoint with a folder, bit by bit", "verify"),
+    "convert verify": Command("megafuse.cli.convert", "is a checkpoint that model: bits, layouts, logits", "verify"),
     "convert inspect": Command("megafuse.cli.convert", "what a checkpoint or folder holds", "inspect"),
     "eval": Command("megafuse.cli.eval", "intra- and cross-rank accuracy of a model on a data set"),
     "bench": Command("megafuse.cli.bench", "training throughput on real lengths: any shape, data, loss and layout"),

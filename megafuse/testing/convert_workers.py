@@ -33,6 +33,23 @@ def load_compare_save(hf_dir: Path, ckpt: Path, layouts: dict[str, dict[str, Any
     return counts
 
 
+def work_on_families(climbs: list[tuple[Any, ...]], parities: list[Any], trainings: list[Any]) -> tuple[Any, Any]:
+    """Everything that is done to all families in one world: rungs, gradients, training runs.
+
+    climbs: arguments of `converters.rungs.climb`. Returns its answers, and the cells of each ParityConfig.
+    """
+    from megafuse.converters.rungs import climb
+    from megafuse.doctor.parity import parity
+    from megafuse.parallel.quiet import quiet_dependencies
+    from megafuse.testing.distributed import run_trainings
+
+    with quiet_dependencies():
+        facts = [climb(*args) for args in climbs]
+        cells = [parity(config) for config in parities]
+        run_trainings(trainings)
+    return facts, cells
+
+
 def _compare(model: Any, topology: Any, parallel: Any, hf_dir: Path) -> int:
     """Every parameter against what the rank must hold, cut from the Hugging Face files without mcore."""
     from megafuse.converters.folders import open_weights

@@ -126,6 +126,30 @@ def write_tiny_gemma2(
     return _write(Gemma2ForCausalLM(config), folder, seed, centre=0.0)
 
 
+def publish(folder: Path, *, dtype: str = "bfloat16", shards: int = 1) -> Path:
+    """Give a written folder another dtype and number of files, their tensors in an order that is not the model's."""
+    import json
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    stored = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weights = {name: tensor.to(getattr(torch, dtype)) for name, tensor in stored.items()}
+    names = sorted(weights, key=lambda name: name[::-1])
+    files = {f"model-{i + 1:05d}-of-{shards:05d}.safetensors": names[i::shards] for i in range(shards)}
+    if shards == 1:
+        files = {"model.safetensors": names}
+    for file, part in files.items():
+        save_file({name: weights[name] for name in part}, folder / file, {"format": "pt"})
+    if shards > 1:
+        weight_map = {name: file for file, part in files.items() for name in part}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    return folder
+
+
 def _write(model: Any, folder: Path, seed: int, *, centre: float = 1.0) -> Path:
     import torch
 

@@ -538,7 +538,8 @@ def test_commands(tmp_path, model, capsys):
 
     assert call("import", hf_dir=model, out=tmp_path / "ckpt") == 0
     assert call("export", ckpt=tmp_path / "ckpt", out=tmp_path / "back") == 0
-    assert call("verify", ckpt=tmp_path / "ckpt", hf_dir=tmp_path / "back") == 0
+    assert call("verify", src=tmp_path / "ckpt", dst=tmp_path / "back", upto="bits") == 0
+    assert call("verify", src=tmp_path / "back", dst=tmp_path / "ckpt", upto="plan") == 0
     assert call("inspect", path=tmp_path / "ckpt") == 0
     said = capsys.readouterr().out
     assert "30 tensors are equal in every bit" in said and weights_digest(model) in said
