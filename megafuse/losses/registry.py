@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megafuse.kernels.heads import fused_loss, fused_losses_run_on
 from megafuse.losses.pairwise import dpo, ln_dpo, simpo
 from megafuse.losses.rloo import rloo
 from megafuse.losses.sft import sft
@@ -40,6 +41,8 @@ class Loss:
         settings = dict(self.settings)
         if self.name == "wrpo":
             settings["alpha"] = settings.pop("alpha_max") * min(max(progress, 0.0), 1.0)
+        if fused_losses_run_on(sums.logps):
+            return fused_loss(self.name, sums, terms, **settings)
         return LOSSES[self.name][0](sums, terms, **settings)
 
     def denominator(self, members: np.ndarray, weights: np.ndarray, lengths: np.ndarray) -> float:

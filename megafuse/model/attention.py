@@ -3,14 +3,14 @@
 A row is described by int32 vectors over its places: `segment` and `parent` (-1 pads), and under context parallelism
 `owner`, the rank that computes the place. A query sees the keys at or before its own place that belong to its own
 segment, and all keys of its parent segment. So a prompt is a segment that is its own parent, a response that shares it
-names it as parent, and an unshared sequence is its own parent. Tokens of one parent stand together (a block):
-attention never crosses blocks, so the cost is the sum of squares of blocks, not of the row.
+names it as parent, and an unshared sequence is its own parent. Tokens of one parent stand together, the prompt first:
+attention never crosses groups, so the cost is the sum over groups, not the square of the row.
 
 Some models look back over a window only, and some cap their scores. A window counts positions, not places: a response
 continues its prompt wherever in the row it stands.
 
 Context parallelism gathers keys and values of the whole row; each rank computes the queries that it owns. Two kernels
-give the same numbers: `sdpa` here, one call a block, and `flex` in `megafuse.model.flex`.
+give the same numbers: `sdpa` here, several calls a row, and `flex` in `megafuse.model.flex`.
 """
 
 import functools
@@ -32,16 +32,20 @@ from megafuse.model.arch import ModelArch
 
 @dataclass(frozen=True)
 class Block:
-    """Keys [start, stop) of a row and this rank's queries [first, last) among them, counted over its own places.
+    """One call: this rank's queries [first, last), counted over its own places, and the keys of the row in `spans`.
 
     `mask` [1, 1, queries, keys] bool, None where plainly causal.
     """
 
-    start: int
-    stop: int
+    spans: tuple[tuple[int, int], ...]
     first: int
     last: int
     mask: Tensor | None
+
+    def keys(self, x: Tensor) -> Tensor:
+        """Those keys (or values) of a row. [1, g, t, d] -> [1, g, keys, d]"""
+        parts = [x[:, :, start:stop] for start, stop in self.spans]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 @dataclass(frozen=True)
@@ -75,57 +79,79 @@ def _run_starts(ids: Tensor, order: Tensor) -> Tensor:
     return torch.where(begins, order, 0).cummax(0).values
 
 
-def visible(segment: Tensor, parent: Tensor, places: Tensor | None = None, window: int | None = None) -> Tensor:
-    """Which key each query sees. segment, parent: [t] int, places: [q] (None: all) -> [q, t] bool.
+def visible(
+    segment: Tensor,
+    parent: Tensor,
+    places: Tensor | None = None,
+    window: int | None = None,
+    keys: Tensor | None = None,
+) -> Tensor:
+    """Which key each query sees. segment, parent: [t] int; places: [q], keys: [k] (None: all) -> [q, k] bool.
 
     window: only keys less than this many positions before the query.
     """
     order = torch.arange(segment.numel(), device=segment.device)
-    places = order if places is None else places
-    causal = places[:, None] >= order[None, :]
-    same = segment[places, None] == segment[None, :]
-    shared = parent[places, None] == segment[None, :]
+    places, keys = (order if chosen is None else chosen for chosen in (places, keys))
+    causal = places[:, None] >= keys[None, :]
+    same = segment[places, None] == segment[None, keys]
+    shared = parent[places, None] == segment[None, keys]
     seen = causal & (same | shared) & (segment[places] >= 0)[:, None]
     if window is None:
         return seen
     positions = row_positions(segment, parent)
-    return seen & (positions[places, None] - positions[None, :] < window)
+    return seen & (positions[places, None] - positions[None, keys] < window)
+
+
+DENSE = 64  # places of a group up to which one call over all of it costs less than one for each response
 
 
 def sdpa_blocks(segment: Tensor, parent: Tensor, places: Tensor, window: int | None = None) -> list[Block]:
-    """The blocks of a row that hold queries of `places` (rising). Padding at the end belongs to no block.
+    """The calls that serve the queries of `places` (rising). Padding at the end belongs to none.
 
-    Raises ValueError where padding stands before a block.
+    A group that shares its prompt would waste most of a dense mask on what one response does not see of another: above
+    64 places each response is a call of its own, over its prompt and itself.
+
+    Raises ValueError where padding stands before a group.
     """
     seg, par, own = segment.cpu(), parent.cpu(), places.cpu()
-    starts = [0, *((par[1:] != par[:-1]).nonzero().flatten() + 1).tolist(), par.numel()]
-    firsts = torch.searchsorted(own, torch.tensor(starts)).tolist()
-    whole = own.numel() == par.numel()
     blocks = []
-    for (start, stop), (first, last) in zip(pairwise(starts), pairwise(firsts)):
-        if start == stop or par[start] < 0:
+    for start, stop in _runs(par):
+        if par[start] < 0:
             continue
         if int((par[:start] < 0).sum()):
             raise ValueError(f"row layout has padding before token {start}")
-        shared = bool((seg[start:stop] != par[start:stop]).any())
-        mask = None
-        narrow = window is not None and stop - start > window
-        if shared or not whole or narrow:
-            part = segment[start:stop], parent[start:stop], places[first:last] - start
-            mask = visible(*part, window if narrow else None)[None, None]
-        if first < last:
-            blocks.append(Block(start, stop, first, last, mask))
+        parts: list[tuple[tuple[int, int], ...]] = [((start, stop),)]
+        if bool((seg[start:stop] != par[start:stop]).any()) and stop - start > DENSE:
+            prompt, *responses = ((start + a, start + b) for a, b in _runs(seg[start:stop]))
+            parts = [(prompt,), *((prompt, response) for response in responses)]
+        for spans in parts:
+            first, last = torch.searchsorted(own, torch.tensor(spans[-1])).tolist()
+            if first == last:
+                continue
+            keys = torch.cat([torch.arange(*span, device=segment.device) for span in spans])
+            narrow = window is not None and keys.numel() > window
+            plain = last - first == keys.numel() and bool((seg[spans[0][0] : spans[0][1]] == seg[spans[0][0]]).all())
+            mask = None
+            if not plain or narrow:
+                mask = visible(segment, parent, places[first:last], window if narrow else None, keys)[None, None]
+            blocks.append(Block(spans, first, last, mask))
     return blocks
+
+
+def _runs(ids: Tensor) -> list[tuple[int, int]]:
+    """[start, stop) of each run of equal ids. ids: [t] on the host"""
+    cuts = (ids[1:] != ids[:-1]).nonzero().flatten() + 1
+    return list(pairwise([0, *cuts.tolist(), ids.numel()])) if ids.numel() else []
 
 
 def sdpa_attend(
     q: Tensor, k: Tensor, v: Tensor, blocks: list[Block], scale: float, softcap: float | None = None
 ) -> Tensor:
-    """torch's scaled_dot_product_attention, one call a block; it knows no cap, so capped scores are written out."""
+    """torch's scaled_dot_product_attention, call by call; it knows no cap, so capped scores are written out."""
     outputs = []
     for block in blocks:
         queries = q[:, :, block.first : block.last]
-        keys, values = (x[:, :, block.start : block.stop] for x in (k, v))
+        keys, values = block.keys(k), block.keys(v)
         if softcap is not None:
             outputs.append(capped_attention(queries, keys, values, block.mask, scale, softcap))
             continue

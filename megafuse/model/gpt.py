@@ -69,6 +69,7 @@ class FusionGPT(GPTModel):
             tp_group=tp if tp.size() > 1 else None,
             sequence_parallel=self.config.sequence_parallel,
             softcap=self.final_softcap,
+            accumulate="auto",
             vocab_size=self.true_vocab_size,
         )
 

@@ -32,9 +32,10 @@ def _local_denominator() -> tuple[Any, str, Any]:
 
 
 def _no_segment_mask() -> tuple[Any, str, Any]:
-    def causal(segment: torch.Tensor, parent: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
-        order = torch.arange(segment.numel())
-        return (order if places is None else places)[:, None] >= order[None, :]
+    def causal(
+        segment: torch.Tensor, parent: torch.Tensor, places: torch.Tensor, window: Any, keys: torch.Tensor
+    ) -> torch.Tensor:
+        return places[:, None] >= keys[None, :]
 
     return attention, "visible", causal
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megafuse.data.shard import owners
+from megafuse.model import attention
 from megafuse.model.arch import ModelArch, RopeScaling
 from megafuse.model.attention import RowAttention, RowCache, row_positions, sdpa_attend, sdpa_blocks, visible
 from megafuse.model.flex import flex_attend, flex_mask
@@ -99,19 +100,26 @@ def test_a_window_counts_positions_not_places(rng: torch.Generator, shared: bool
 
 
 def row_attention(scale: float, window: int | None = None, softcap: float | None = None) -> RowAttention:
-    attention = RowAttention.__new__(RowAttention)
-    torch.nn.Module.__init__(attention)
-    attention.rows, attention.attend, attention.scale = RowCache(sdpa_blocks), sdpa_attend, scale
-    attention.softcap, attention.window = softcap, window
-    return attention
+    module = RowAttention.__new__(RowAttention)
+    torch.nn.Module.__init__(module)
+    module.rows, module.attend, module.scale = RowCache(sdpa_blocks), sdpa_attend, scale
+    module.softcap, module.window = softcap, window
+    return module
 
 
 @pytest.mark.parametrize("softcap", [None, 0.7])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("dense", [0, 64])
 def test_row_attention_equals_dense_float64(
-    rng: torch.Generator, shared: bool, window: int | None, softcap: float | None
+    rng: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    shared: bool,
+    dense: int,
+    window: int | None,
+    softcap: float | None,
 ) -> None:
+    monkeypatch.setattr(attention, "DENSE", dense)
     layout = random_layout(rng, shared)
     t = layout.size(1)
     real = int((layout[0] >= 0).sum())
@@ -138,10 +146,18 @@ def test_row_attention_equals_dense_float64(
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("ways", [1, 2, 4])
+@pytest.mark.parametrize("dense", [0, 64])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (4, None), (None, 0.6), (3, 0.6)])
 def test_flex_and_sdpa_see_the_same_keys_from_any_part_of_a_row(
-    rng: torch.Generator, shared: bool, ways: int, window: int | None, softcap: float | None
+    rng: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    shared: bool,
+    ways: int,
+    dense: int,
+    window: int | None,
+    softcap: float | None,
 ) -> None:
+    monkeypatch.setattr(attention, "DENSE", dense)
     layout = random_layout(rng, shared)
     layout = torch.nn.functional.pad(layout, (0, -layout.size(1) % ways), value=-1)
     t = layout.size(1)
@@ -170,5 +186,13 @@ def test_views_are_built_once_a_row_and_never_mixed_up(rng: torch.Generator) -> 
     for row in rows:
         assert cache.get(row, 0) is cache.get(row.detach(), 0)
         fresh = sdpa_blocks(row[0], row[1], torch.arange(row.size(1)))
-        assert [(b.start, b.stop) for b in cache.get(row, 0).mask] == [(b.start, b.stop) for b in fresh]
+        assert [b.spans for b in cache.get(row, 0).mask] == [b.spans for b in fresh]
     assert cache.get(rows[0], 0, window=2) is not cache.get(rows[0], 0)
+
+
+def test_a_long_group_is_one_call_a_response_and_no_response_pays_for_another() -> None:
+    sizes = [100, 40, 30]
+    segment = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes)).int()
+    blocks = sdpa_blocks(segment, torch.zeros_like(segment), torch.arange(170))
+    assert [b.spans for b in blocks] == [((0, 100),), ((0, 100), (100, 140)), ((0, 100), (140, 170))]
+    assert [None if b.mask is None else tuple(b.mask.shape) for b in blocks] == [None, (1, 1, 40, 140), (1, 1, 30, 130)]
