@@ -69,7 +69,7 @@ class ModelConfig(Config):
     """The target model and how it is computed."""
 
     path: Path
-    """Checkpoint folder written by `megafuse convert import` or by a training run."""
+    """Checkpoint folder written by `megafuse convert import` or by a training run, or a Hugging Face folder."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Parameters and activations; the optimizer always keeps fp32 master weights."""
     attention: Literal["auto", "flex", "sdpa", "te"] = "auto"
