@@ -276,8 +276,10 @@ def _size(cell: Cell) -> float:
 def parity_in_processes(config: ParityConfig) -> list[Cell]:
     """`parity` for a worker process of megafuse.testing.distributed: rank 0's cells."""
     from megafuse.parallel.quiet import quiet_dependencies
+    from megafuse.testing.distributed import freeze_modules
 
     with quiet_dependencies():
+        freeze_modules()
         return parity(config, progress)
 
 

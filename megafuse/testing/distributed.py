@@ -1,5 +1,6 @@
 """Run collective functions in several real processes over gloo, on one machine, with a deadline."""
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -87,9 +88,20 @@ def _worker(
     dist.destroy_process_group()
 
 
+def freeze_modules() -> None:
+    """Keep a worker's modules out of garbage collection, which mcore asks for at every save and change of layout."""
+    import torch.distributed as dist
+
+    import megafuse.training.run  # noqa: F401
+
+    if dist.get_world_size() > 1:  # a world of one lives in the caller's process, whose garbage is not ours to keep
+        gc.freeze()
+
+
 def run_trainings(configs: Sequence[Any]) -> None:
     """Train each TrainConfig in turn in the joined world: several layouts for one start of the processes."""
     from megafuse.training.run import train
 
+    freeze_modules()
     for config in configs:
         train(config)
