@@ -4,7 +4,8 @@
 #   make test                    lint, types, every test
 #
 # Both first make .venv from constraints.txt, the tested versions (PYTHON=... picks the interpreter, 3.10 or newer).
-# Also: make venv, make lint, make gpu-check (on a CUDA machine; WHEELS=folder where there is no network), make clean.
+# Also: make venv, make lint, make clean; on a CUDA machine make gpu-check (WHEELS=folder where there is no network) and
+# make gpu-bench (DATA=scored.jsonl.gz).
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -19,7 +20,7 @@ TOOLS := pytest pytest-timeout pytest-xdist hypothesis ruff mypy pybind11 gguf a
 export PYTHONSAFEPATH := 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test lint venv gpu-check clean
+.PHONY: quickstart test lint venv gpu-check gpu-bench clean
 
 quickstart: $(STAMP)
 	OMP_NUM_THREADS=$${QUICKSTART_THREADS:-2} $(BIN)/python examples/quickstart/run.py $(if $(DATA),--data $(DATA))
@@ -44,6 +45,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*)
 
 gpu-check:
 	PYTHON=$(PYTHON) WHEELS=$(WHEELS) bash scripts/gpu_check.sh
+
+gpu-bench:
+	PYTHON=$(PYTHON) DATA=$(DATA) bash scripts/gpu_bench.sh
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis kernels/*.so
