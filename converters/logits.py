@@ -129,7 +129,8 @@ def mcore_logits(
     backend = choose_backend(
         ModelConfig(path=Path(), precision="fp32", attention="sdpa"), parallel, prefix_sharing=True
     )
-    multiple = row_shape(parallel, 1, backend).multiple
+    shape = row_shape(parallel, 1, backend)
+    multiple = shape.multiple
     tokens = ids.numpy().astype(np.int32)
     none = np.zeros((0, 1), np.int32)
     group = Group(0, "x", tokens[:1], (tokens[1:],), ("x",), np.zeros(1), none, np.zeros(0))
@@ -145,7 +146,8 @@ def mcore_logits(
 
     chunks = [chunk.eval() for chunk in model]
     with torch.no_grad():
-        outputs = forward_rows(chunks, [mine], step, lengths=[row.tokens.numel()], forward_only=True)
+        rows = [mine] * shape.count_multiple  # the interleaved schedule takes micro-batches in turns of the stages
+        outputs = forward_rows(chunks, rows, step, lengths=[row.tokens.numel()] * len(rows), forward_only=True)
         if not outputs:
             return None
         hidden = outputs[0][:, 0].float()  # [t / cp (/ tp under sequence parallelism), hidden]

@@ -167,16 +167,16 @@ def sdpa_attend(
 
 
 def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
-    """softmax(c * tanh(q k scale / c)) v, the softmax in fp32. q: [1, h, q, d]; k, v: [1, g, t, d] -> [1, h, q, d].
+    """softmax(c * tanh(q k scale / c)) v, both functions in fp32. q: [1, h, q, d]; k, v: [1, g, t, d] -> [1, h, q, d].
 
     mask: [1, 1, q, t] bool, None for causal (q = t). Every query must see a key.
     """
     heads, groups = q.size(1), k.size(1)
     grouped = q.unflatten(1, (groups, heads // groups))  # [1, g, h / g, q, d]
-    scores = softcap * torch.tanh(grouped @ k[:, :, None].transpose(-1, -2) * (scale / softcap))
+    scores = softcap * torch.tanh((grouped @ k[:, :, None].transpose(-1, -2)).float() * (scale / softcap))
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()[None, None]
-    weights = scores.float().masked_fill(~mask[:, :, None], float("-inf")).softmax(-1).to(q.dtype)
+    weights = scores.masked_fill(~mask[:, :, None], float("-inf")).softmax(-1).to(q.dtype)
     return (weights @ v[:, :, None]).flatten(1, 2)
 
 

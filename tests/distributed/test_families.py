@@ -45,7 +45,10 @@ def layouts(family: str, world: int) -> list[str]:
     """Names of the layouts of `world` ranks."""
     if world == 4:
         return [f"{tensor(family)}-pp2"]
-    return ["dp"] if world == 1 else [tensor(family), "pp2", "cp2", *(["ep2"] if family in SPARSE else [])]
+    if world == 1:
+        return ["dp"]
+    own = {"gemma2": ["pp2-vpp2", "pp2-first1"], "mixtral": ["ep2", "tp2-sp-ep2"], "qwen3_moe": ["ep2"]}
+    return [tensor(family), "pp2", "cp2", *own.get(family, [])]
 
 
 @dataclass(frozen=True)
