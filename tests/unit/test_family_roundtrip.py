@@ -9,12 +9,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from megafuse.cli.convert import COMMANDS
 from megafuse.converters import dcp_writer
 from megafuse.converters.digest import weights_digest
+from megafuse.converters.direct import fill
 from megafuse.converters.exporter import export_hf
+from megafuse.converters.folders import open_weights
 from megafuse.converters.importer import dry_run, import_hf
 from megafuse.converters.verify import verify
 from megafuse.errors import ConfigError, DataError, IntegrityError, MegafuseError, UnsupportedModelError
@@ -193,3 +196,26 @@ def test_a_poisoned_pickle_is_not_run(tmp_path, gemma, monkeypatch):
         with pytest.raises(IntegrityError, match=r"posix\.mkdir|do not trust"):
             attempt()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt"]
+
+
+def test_a_part_of_any_tensor_comes_straight_from_the_folder(tmp_path):
+    """What a rank of a tensor-parallel layout holds, by mcore's key and offset: rows, columns, padding, experts."""
+    hf = write(tmp_path / "hf", "mixtral", tied=False, dtype="float32")
+    weights = load_file(hf / "model.safetensors")
+    expert, stack = "model.layers.2.block_sparse_moe.experts.3.", "decoder.layers.mlp.experts.experts."
+    wanted = {
+        ("decoder.layers.self_attention.linear_proj.weight", (1, 0, 16)): weights[
+            "model.layers.1.self_attn.o_proj.weight"
+        ][:, 16:],
+        (f"{stack}linear_fc1.weight", (2, 3, 70, 0)): weights[f"{expert}w3.weight"][6:],
+        (f"{stack}linear_fc2.weight", (2, 3, 4, 10)): weights[f"{expert}w2.weight"][4:9, 10:],
+        ("output_layer.weight", (27, 0)): torch.cat((weights["lm_head.weight"][27:], torch.zeros(1, 32))),
+    }
+    with open_weights(hf) as (plan, view):
+        for (key, offset), part in wanted.items():
+            for block in (1, 1 << 20):
+                target = torch.full_like(part, float("nan"))
+                fill(target, plan, view, key, offset, block_bytes=block)
+                assert torch.equal(target, part), key
+        with pytest.raises(IntegrityError, match=r"decoder\.layers\.mlp\.linear_fc9\.weight \[0\]"):
+            fill(torch.zeros(2, 32), plan, view, "decoder.layers.mlp.linear_fc9.weight", (0, 0, 0))

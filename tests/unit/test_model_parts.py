@@ -1,15 +1,26 @@
 """RoPE, norm and row attention against transformers and plain float64 arithmetic."""
 
 import os
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from megafuse.data.shard import owners
+from megafuse.errors import ConfigError
 from megafuse.model import attention
 from megafuse.model.arch import ModelArch, RopeScaling
-from megafuse.model.attention import RowAttention, RowCache, row_positions, sdpa_attend, sdpa_blocks, visible
+from megafuse.model.attention import (
+    RowAttention,
+    RowCache,
+    core_attention,
+    row_positions,
+    sdpa_attend,
+    sdpa_blocks,
+    visible,
+)
 from megafuse.model.flex import flex_attend, flex_mask
 from megafuse.model.rope import RowRotary, inverse_frequencies
 
@@ -196,3 +207,15 @@ def test_a_long_group_is_one_call_a_response_and_no_response_pays_for_another() 
     blocks = sdpa_blocks(segment, torch.zeros_like(segment), torch.arange(170))
     assert [b.spans for b in blocks] == [((0, 100),), ((0, 100), (100, 140)), ((0, 100), (140, 170))]
     assert [None if b.mask is None else tuple(b.mask.shape) for b in blocks] == [None, (1, 1, 40, 140), (1, 1, 30, 130)]
+
+
+@pytest.mark.parametrize("own", [{"window": 8, "window_layers": (0,)}, {"attention_softcap": 50.0}])
+def test_transformer_engine_is_refused_what_it_cannot_compute(own: dict[str, Any]) -> None:
+    assert core_attention("te", arch(None)) is None
+    with pytest.raises(ConfigError, match="neither the window nor the softcap"):
+        core_attention("te", replace(arch(None), **own))
+
+
+def test_each_layer_has_its_own_window() -> None:
+    attention = core_attention("sdpa", replace(arch(None), window=8, window_layers=(0,)))
+    assert [attention.keywords["window_of"](layer) for layer in (0, 1)] == [8, None]
