@@ -124,27 +124,36 @@ def layout_logps(
 def gathered_gradients(engine: Engine, topology: Topology) -> dict[str, Tensor] | None:
     """The reduced gradients of every parameter, whole, by canonical name, float64. On rank 0. Collective.
 
-    mcore's own sharded state dict says which part of which tensor a rank holds; gradients stand in for parameters.
+    mcore's own sharded state dict says which part of which tensor a rank holds; gradients stand in for parameters. A
+    bf16 parameter holds an fp32 gradient in two goes, what it rounds to and the rest: 16 bits of mantissa.
     """
     for chunk in engine.model:
         if chunk.ddp_config.use_distributed_optimizer:
             _complete_shards(chunk)
-    values = [p.data for chunk in engine.bare for p in chunk.parameters()]
-    try:
-        for chunk in engine.bare:
-            for p in chunk.parameters():
-                p.data = p.main_grad
-        parts = topology.gather_on_rank_zero(_owned(model_state(engine.bare, topology)))
-    finally:
-        for p, value in zip((p for chunk in engine.bare for p in chunk.parameters()), values):
-            p.data = value
+    params = [p for chunk in engine.bare for p in chunk.parameters()]
+    values = [p.detach().clone() for p in params]
+    rest = [p.main_grad.detach().clone() for p in params]
+    whole: dict[str, Tensor] | None = None
+    with torch.no_grad():
+        for _ in range(1 if all(p.dtype == torch.float32 for p in params) else 2):
+            for p, gradient in zip(params, rest):
+                p.copy_(gradient)
+                gradient.sub_(p)
+            whole = _added(whole, topology.gather_on_rank_zero(_owned(model_state(engine.bare, topology))))
+        for p, value in zip(params, values):
+            p.copy_(value)
+    return whole
+
+
+def _added(whole: dict[str, Tensor] | None, parts: list[list[Any]] | None) -> dict[str, Tensor] | None:
+    """`whole` plus the tensors that the ranks' `parts` make up; what no rank holds is NaN."""
     if parts is None:
         return None
-    whole: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for key, shape, place, value in (part for rank in parts for part in rank):
-        target = whole.setdefault(key, torch.full(shape, torch.nan, dtype=torch.float64))[place]
+        target = found.setdefault(key, torch.full(shape, torch.nan, dtype=torch.float64))[place]
         target.copy_(torch.from_numpy(value).view(target.shape))
-    return whole
+    return found if whole is None else {key: whole[key] + value for key, value in found.items()}
 
 
 def _complete_shards(chunk: Any) -> None:
