@@ -25,8 +25,8 @@ class ParallelConfig(Config):
     context: int = Field(1, ge=1)
     """Context-parallel ranks: each computes a balanced part of every row's tokens."""
     expert: int = Field(1, ge=1)
-    """Expert-parallel ranks (MoE): divides the experts, and the ranks of a pipeline stage, tensor-parallel ones included:
-    above 1 an expert is never split, at 1 its width is split over `tensor`."""
+    """Expert-parallel ranks (MoE): divides the experts, and the ranks of a pipeline stage. Above 1 an expert is never
+    split, at 1 its width is split over `tensor`."""
     sequence: bool = False
     """Sequence parallelism: norms and residuals split over the tensor-parallel ranks (needs tensor > 1)."""
 

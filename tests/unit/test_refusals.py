@@ -41,7 +41,7 @@ BAD_LAYOUTS = [
     (SMOLLM2, {"pipeline": 3, "last_stage_layers": 40}, 3, r"leaves -10 for 2 pipeline stages"),
     (SMOLLM2, {"expert": 2}, 2, r"LlamaForCausalLM has no experts; set parallel.expert = 1"),
     (MOE, {"expert": 4}, 4, r"experts = 6 is not divisible by parallel.expert = 4"),
-    (MOE, {"expert": 3, "tensor": 2, "sequence": True}, 4, r"stage = 4 / 1 = 4 is not divisible by parallel.expert = 3"),
+    (MOE, {"expert": 3, "tensor": 2, "sequence": True}, 4, r"4 / 1 = 4 is not divisible by parallel.expert = 3"),
     (MOE, {"tensor": 2}, 4, r"has experts, .* parallel.tensor = 2 .* set parallel.sequence = true"),
 ]
 
