@@ -73,7 +73,7 @@ def save_state(state: dict[str, Any], folder: Path) -> None:
 
 
 def load_model(model: list[Any], topology: Topology, folder: Path) -> None:
-    """Load weights only, from an imported or a training checkpoint of any layout or a Hugging Face folder. Collective."""
+    """Load weights only, from a checkpoint of any layout, imported or trained, or a Hugging Face folder. Collective."""
     if not (folder / ".metadata").is_file():
         from megafuse.converters.direct import load_hf_into
 
