@@ -131,9 +131,10 @@ class RowPlanner:
             )
         if len(self.tokens) and self.tokens.max() > limit:
             worst = int(self.tokens.argmax())
+            name = "data.max_row_tokens" if limit == self.budget else "data.max_group_tokens"
             raise DataError(
                 f"group {worst} (prompt_id {data[worst].prompt_id!r}) needs {self.tokens[worst]} tokens in one row, "
-                f"data.max_group_tokens allows {limit}; raise it, or build the data set with fewer or shorter "
+                f"{name} allows {limit}; raise it, or build the data set with fewer or shorter "
                 f"responses a prompt" + ("" if prefix_sharing else ", or set data.prefix_sharing = true")
             )
 

@@ -74,12 +74,8 @@ def resolve_layouts(config: ParityConfig, arch: ModelArch, world: int) -> list[t
 def parity(config: ParityConfig, show: Callable[[Cell], None] | None = None) -> list[Cell]:
     """Compare every layout; rank 0 shows and returns the cells, other ranks an empty list. Collective.
 
-    Raises ConfigError, before any process group starts, for a layout or a loss that cannot be.
+    `config` has a seed and has passed `check_parity`.
     """
-    unknown = sorted(set(config.losses) - set(LOSSES))
-    if unknown:
-        raise ConfigError(f"losses names {unknown[0]!r}; known: {', '.join(LOSSES)}")
-    assert config.seed is not None
     with tempfile.TemporaryDirectory() as folder:
         lab = _Lab(Path(folder), config)
         layouts = resolve_layouts(config, lab.arch, world_size_here())
@@ -94,6 +90,20 @@ def parity(config: ParityConfig, show: Callable[[Cell], None] | None = None) -> 
                         show(cell)
                 dist.barrier()
             return cells
+
+
+def check_parity(config: ParityConfig) -> None:
+    """Refuse what cannot be, before any process starts.
+
+    Raises:
+        ConfigError: a loss or a layout that is not known, or a layout that does not fit the ranks.
+    """
+    unknown = sorted(set(config.losses) - set(LOSSES))
+    if unknown:
+        raise ConfigError(f"losses names {unknown[0]!r}; known: {', '.join(LOSSES)}")
+    with tempfile.TemporaryDirectory() as folder:
+        arch = read_arch(WRITERS[config.architecture](Path(folder) / "hf", seed=0))
+    resolve_layouts(config, arch, config.processes if config.processes > 1 else world_size_here())
 
 
 def resolve_seed(config: ParityConfig) -> ParityConfig:
@@ -113,7 +123,7 @@ class _Lab:
 
     def __init__(self, folder: Path, config: ParityConfig) -> None:
         self.config = config
-        self.names = config.losses or tuple(LOSSES)
+        self.names = config.losses or tuple(x for x in LOSSES if (config.precision, x) != ("bf16", "rloo_clipped"))
         self.hf, self.model = folder / "hf", folder / "model"
         _on_every_rank(folder, self._write)
         self.arch = read_arch(self.model)
@@ -129,7 +139,7 @@ class _Lab:
         for i, kind in enumerate(KINDS):
             write_tiny_dataset(
                 folder / kind, kind, seed=self.config.seed + i, groups=self.config.groups,
-                sources=self.config.sources, responses=self.config.responses,
+                sources=self.config.sources, responses=self.config.responses, longest=self.config.response_tokens,
             )  # fmt: skip
 
     def oracle(self, rank: int) -> dict[str, Any]:
@@ -280,10 +290,19 @@ def parity_in_processes(config: ParityConfig) -> list[Cell]:
 
     with quiet_dependencies():
         freeze_modules()
-        return parity(config, progress)
+        return parity(config, Progress())
 
 
-def progress(cell: Cell) -> None:
-    """One line on stderr for each layout that begins, and each cell that fails."""
-    if not cell.ok:
-        print(f"FAILS: {cell}", file=sys.stderr, flush=True)
+class Progress:
+    """Lines on stderr: each layout that begins to give results, and each cell that fails."""
+
+    def __init__(self) -> None:
+        self.layout = ""
+
+    def __call__(self, cell: Cell) -> None:
+        """Tell of one more cell."""
+        if cell.layout != self.layout:
+            self.layout = cell.layout
+            print(f"layout {cell.layout}", file=sys.stderr, flush=True)
+        if not cell.ok:
+            print(f"FAILS: {cell}", file=sys.stderr, flush=True)

@@ -126,7 +126,7 @@ def transformer_config(arch: ModelArch, parallel: ParallelConfig, backend: Backe
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
-        num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
+        num_layers_in_last_pipeline_stage=_last_stage_layers(parallel),
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
@@ -152,6 +152,12 @@ def transformer_config(arch: ModelArch, parallel: ParallelConfig, backend: Backe
         **policy,
         **recomputation,
     )
+
+
+def _last_stage_layers(parallel: ParallelConfig) -> int | None:
+    """With two stages the first one's layers say it all, and mcore divides by its number of middle stages: none."""
+    redundant = parallel.pipeline == 2 and parallel.first_stage_layers is not None
+    return None if redundant else parallel.last_stage_layers
 
 
 def build_model(

@@ -135,6 +135,10 @@ def _pipeline(arch: Any, parallel: ParallelConfig) -> Iterator[str]:
     if not given and left % stages:
         yield _indivisible("layers", left, "pipeline", stages)
         return
+    if left < 0:
+        ends = arch.num_layers - left
+        yield f"first and last stage have {ends} layers, the model has {arch.num_layers}; give them fewer"
+        return
     if left < stages or (stages == 0 and left) or (stages and left % stages):
         ends = " - ".join(f"parallel.{name} {layers}" for name, layers in given.items())
         yield (

@@ -186,7 +186,7 @@ def group_loss(config: LossConfig, group: Group, logps: Tensor, ref: Tensor, pro
             smooth = h["label_smoothing"]
             summands = (-(1 - smooth) * logsigmoid(margin) - smooth * logsigmoid(-margin))[None]
         total = total + weight * summands.sum()
-        magnitude += weight * float(summands.abs().sum())
+        magnitude += weight * float(summands.detach().abs().sum())
     return total, magnitude
 
 

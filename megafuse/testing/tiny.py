@@ -186,14 +186,15 @@ def write_tiny_dataset(
     groups: int = 24,
     sources: int = 3,
     responses: int | None = None,
+    longest: int = 12,
     vocab: int = 120,
 ) -> Path:
-    """Random groups of `kind` as a data set: uneven prompts (2 to 9 tokens) and responses (1 to 12 tokens).
+    """Random groups of `kind` as a data set: uneven prompts (1 to 9 tokens) and responses (1 to `longest` tokens).
 
     Up to `sources` sources a group, with a few responses each; with `responses`, all of them with exactly so many.
     """
     rng = np.random.default_rng(seed)
-    rows = [_random_group(f"p{i:04d}", kind, rng, sources, responses, vocab) for i in range(groups)]
+    rows = [_random_group(f"p{i:04d}", kind, rng, sources, responses, longest, vocab) for i in range(groups)]
     folder.mkdir(parents=True)
     writer = RowWriter(folder / "rows.arrow")
     for row in rows:
@@ -217,7 +218,7 @@ def write_tiny_dataset(
 
 
 def _random_group(
-    name: str, kind: str, rng: np.random.Generator, sources: int, responses: int | None, vocab: int
+    name: str, kind: str, rng: np.random.Generator, sources: int, responses: int | None, longest: int, vocab: int
 ) -> Row:
     def tokens(low: int, high: int) -> np.ndarray:
         return rng.integers(0, vocab, rng.integers(low, high), dtype=np.int32)
@@ -242,8 +243,8 @@ def _random_group(
     return Row(
         prompt_id=name,
         domain="instruction",
-        prompt=tokens(2, 10),
-        responses=tuple(tokens(1, 13) for _ in range(count)),
+        prompt=tokens(1, 10),
+        responses=tuple(tokens(1, longest + 1) for _ in range(count)),
         sources=tuple(f"s{i}" for i in range(count)),
         rewards=rng.random(count),
         members=() if kind == "rank" else tuple(members),

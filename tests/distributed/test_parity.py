@@ -13,9 +13,11 @@ from megafuse.testing.parity import LOSSES, STEPS, TOLERANCE, Lab, differences, 
 
 pytestmark = pytest.mark.distributed
 
+OVERLAP = {"grad_reduce": True, "param_gather": True}  # what NCCL gets by default
 LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {  # world size, parallel, distributed optimizer
     "dp2": (2, {}, False),
     "dp2_distributed_optimizer": (2, {}, True),
+    "dp2_overlap": (2, {}, True),
     "tp2": (2, {"tensor": 2}, True),
     "tp2_sp": (2, {"tensor": 2, "sequence": True}, False),
     "pp2": (2, {"pipeline": 2}, True),
@@ -64,7 +66,13 @@ def test_one_process_equals_the_float64_oracle(single: dict[str, Any], oracle: d
 def test_every_layout_equals_one_process(lab: Lab, single: dict[str, Any], oracle: dict[str, Any], world: int) -> None:
     layouts = {k: v for k, v in LAYOUTS.items() if v[0] == world}
     configs = {
-        (loss, name): lab.config(loss, name, parallel=parallel, optim={"distributed": distributed})
+        (loss, name): lab.config(
+            loss,
+            name,
+            parallel=parallel,
+            optim={"distributed": distributed},
+            overlap=OVERLAP if "overlap" in name else {},
+        )
         for loss in LOSSES
         for name, (_, parallel, distributed) in layouts.items()
     }

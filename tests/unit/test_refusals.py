@@ -38,7 +38,12 @@ BAD_LAYOUTS = [
     (SMOLLM2, {"pipeline": 2, "virtual_pipeline": 2}, 2, r"pipeline stage = 15 .*virtual_pipeline = 2; .* 1, 3, 5, 15"),
     (SMOLLM2, {"pipeline": 4, "first_stage_layers": 5}, 4, r"30 - parallel.first_stage_layers 5 leaves 25 for 3 "),
     (SMOLLM2, {"pipeline": 2, "first_stage_layers": 9, "last_stage_layers": 9}, 2, r"leaves 12 for 0 pipeline stages"),
-    (SMOLLM2, {"pipeline": 3, "last_stage_layers": 40}, 3, r"leaves -10 for 2 pipeline stages"),
+    (
+        SMOLLM2,
+        {"pipeline": 3, "last_stage_layers": 40},
+        3,
+        r"last stage have 40 layers, the model has 30; give them fewer",
+    ),
     (SMOLLM2, {"expert": 2}, 2, r"LlamaForCausalLM has no experts; set parallel.expert = 1"),
     (MOE, {"expert": 4}, 4, r"experts = 6 is not divisible by parallel.expert = 4"),
     (MOE, {"expert": 3, "tensor": 2, "sequence": True}, 4, r"4 / 1 = 4 is not divisible by parallel.expert = 3"),
