@@ -1,11 +1,17 @@
 """`megafuse build`: scored answers to a tokenised data set for FuseSFT or FusePO."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from megafuse.config.build import BuildConfig
 from megafuse.data.build import BuildResult, build
+from megafuse.data.store import read_manifest
+from megafuse.data.tally import CATEGORIES
+from megafuse.errors import DataError
 
 DESCRIPTION = "Split, select, pair, weigh and tokenise scored answers into a data set that training reads."
 CONFIG = BuildConfig
@@ -14,11 +20,16 @@ CONFIG = BuildConfig
 def run(config: BuildConfig) -> int:
     """Build, and print what was kept and what was left out and why."""
     console = Console()
+    beside = read_manifest(config.beside) if config.beside is not None else None
+    if config.beside is not None and beside is None:
+        raise DataError(f"beside: {config.beside} holds no megafuse data set")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("tokenising", total=None)
         result = build(config, lambda done, total: bar.update(task, completed=done, total=total))
     console.print(_table(result))
+    console.print(composition_table([m for m in (beside, result.manifest) if m is not None]))
+    console.print(_drops(result.manifest))
     for warning in result.manifest.get("warnings", []):
         console.print(f"[yellow]warning:[/yellow] {warning}")
     state = "written" if result.fresh else "already there, built from the same input and settings; nothing was done"
@@ -35,4 +46,44 @@ def _table(result: BuildResult) -> Table:
         table.add_row(key, f"{manifest[key]:,}", style="bold")
     for key, value in manifest["counts"].items():
         table.add_row(key, f"{value:,}")
+    return table
+
+
+def composition_table(manifests: Sequence[Mapping[str, Any]]) -> Table:
+    """The table of FuseChat-3.0's data section: a row a data set of origin, a column of kept prompts a data set."""
+    table = Table(title="Composition")
+    table.add_column("Dataset")
+    table.add_column("Total Count", justify="right")
+    for manifest in manifests:
+        table.add_column(f"{_STAGES.get(manifest['kind'], manifest['kind'])} Count", justify="right")
+    table.add_column("Category")
+    kept = [{(r["domain"], r["dataset"]): r for r in m.get("composition", [])} for m in manifests]
+    order = {domain: n for n, domain in enumerate(CATEGORIES)}
+    keys = sorted({key for rows in kept for key in rows}, key=lambda key: (order.get(key[0], len(order)), key))
+    totals = [0] * (1 + len(manifests))
+    for key in keys:
+        numbers = [max(rows[key]["prompts"] for rows in kept if key in rows)]
+        numbers += [rows[key]["kept"] if key in rows else 0 for rows in kept]
+        totals = [total + number for total, number in zip(totals, numbers)]
+        table.add_row(key[1], *(f"{n:,}" for n in numbers), CATEGORIES.get(key[0], key[0]))
+    table.add_row("Total", *(f"{n:,}" for n in totals), "All", style="bold")
+    return table
+
+
+_STAGES = {"sft": "SFT", "pair": "DPO", "rloo": "RLOO", "wrpo": "WRPO", "rank": "Eval"}
+
+
+def _drops(manifest: Mapping[str, Any]) -> Table:
+    """Why prompts of each data set of origin are not in this one, and responses and pairs of each source."""
+    table = Table(title="Left out, and why")
+    table.add_column("of")
+    table.add_column("reason")
+    table.add_column("number", justify="right")
+    for row in manifest.get("composition", []):
+        for reason, number in {**row["left_out"], **row["dropped"]}.items():
+            table.add_row(f"{row['dataset']} ({row['domain']})", reason, f"{number:,}")
+    for source, counts in manifest.get("counts_by_source", {}).items():
+        for name, number in counts.items():
+            if "dropped." in name:
+                table.add_row(f"source {source}", name, f"{number:,}")
     return table

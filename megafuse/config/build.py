@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megafuse.config.base import Config
+from megafuse.config.rules import EVERY_DOMAIN, DomainRule
 
 Kind = Literal["sft", "pair", "rloo", "wrpo", "rank"]
 SELECTIONS: dict[str, tuple[str, ...]] = {
@@ -71,6 +72,12 @@ class BuildConfig(Config):
     target_source: str | None = None
     """wrpo: the source name of the target's own responses."""
 
+    domain_rules: dict[str, DomainRule] = {}  # noqa: RUF012 - pydantic copies defaults
+    """One table a domain ("*": every other one), instead of selection, gaps and use_correct: see fusechat3.toml. Where
+    there is any, a domain without a rule is left out."""
+    beside: Path | None = None
+    """Another data set of the same input, for example the SFT one: its counts stand beside these in the table."""
+
     on_bad_record: Literal["refuse", "skip"] = "refuse"
     """A line that is not a good record: stop, or set it aside in OUTPUT.quarantine.jsonl."""
     on_bad_response: Literal["refuse", "drop"] = "refuse"
@@ -119,10 +126,30 @@ class BuildConfig(Config):
             raise ValueError(
                 f"max_prompt_length = {self.max_prompt_length} must be below max_length = {self.max_length}"
             )
+        self._check_rules()
         overlap = set(self.include_sources) & set(self.exclude_sources)
         if overlap:
             raise ValueError(f"sources both included and excluded: {', '.join(sorted(overlap))}")
         return self
+
+    def _check_rules(self) -> None:
+        """Refuse settings of the whole build that a table of a domain would silently replace."""
+        if not self.domain_rules:
+            return
+        if self.kind not in ("sft", "pair", "rank"):
+            raise ValueError(f"domain_rules are for kinds sft, pair and rank; kind is {self.kind!r}")
+        given = {
+            "selection": self.selection != "auto",
+            "use_correct": self.use_correct,
+            "min_gap": self.min_gap is not None,
+            "max_gap": self.max_gap is not None,
+        }
+        if clash := [name for name, is_set in given.items() if is_set]:
+            raise ValueError(f"{' and '.join(clash)} must be set in the tables of domain_rules, where there are any")
+
+    def rule_of(self, domain: str) -> DomainRule | None:
+        """The rule of a domain; None where there are no rules, or none for it."""
+        return self.domain_rules.get(domain, self.domain_rules.get(EVERY_DOMAIN))
 
     @property
     def resolved_part(self) -> Literal["sft", "po", "eval", "train", "all"]:

@@ -35,11 +35,12 @@ from megafuse.data.store import (
     read_manifest,
     save_sorted,
 )
+from megafuse.data.tally import Tally
 from megafuse.data.tokenise import ChatTokenizer
 from megafuse.errors import DataError
 
 _PROMPTS_A_BATCH = 256
-_PATHS = ("inputs", "output", "tokenizer", "chat_template", "overwrite")  # told apart by content, not by name
+_PATHS = ("inputs", "output", "tokenizer", "chat_template", "overwrite", "beside")  # told apart by content, not by name
 
 Progress = Callable[[int, int], None]
 
@@ -84,15 +85,15 @@ def build(config: BuildConfig, progress: Progress | None = None) -> BuildResult:
         on_bad_record=config.on_bad_record,
         quarantine=config.output.with_name(f"{config.output.name}.quarantine.jsonl"),
     )
-    counts: Counter[str] = Counter()
-    wanted = _choose(reader, config, counts)
-    groups = GroupBuilder(config, tokenizer)
+    tally = Tally()
+    wanted = _choose(reader, config, tally)
+    groups = GroupBuilder(config, tokenizer, tally)
     with atomic_folder(config.output, overwrite=config.overwrite) as work:
         rows = _rows(reader, wanted, groups, progress)
         summary = _write(rows, work, config.kind)
         if config.on_bad_record == "refuse":
             reader.raise_errors()
-        _check_groups(config, groups, summary["groups"], counts)
+        _check_groups(config, groups, summary["groups"])
         for path, stamp in stamps.items():
             if (path.stat().st_size, path.stat().st_mtime_ns) != stamp:
                 raise DataError(f"{path} changed while it was read: build again when nothing writes to it")
@@ -105,7 +106,10 @@ def build(config: BuildConfig, progress: Progress | None = None) -> BuildResult:
             "end_of_turn": tokenizer.end_of_turn.tolist(),
             **{**identity, "digest": digest},
             "config": config.model_dump(mode="json"),
-            "counts": _all_counts(reader, counts, groups, summary["groups"]),
+            "counts": _all_counts(reader, tally),
+            "composition": tally.composition(),
+            "counts_by_domain": tally.by_domain(),
+            "counts_by_source": tally.by_source(),
             "warnings": _warnings(tokenizer),
             "versions": _versions(),
             "files": file_sizes(work, GROUPS),
@@ -117,6 +121,8 @@ def build(config: BuildConfig, progress: Progress | None = None) -> BuildResult:
 def _identity(config: BuildConfig, tokenizer: ChatTokenizer) -> dict[str, Any]:
     """What determines the result: bytes of the inputs, settings with their defaults resolved, tokenizer, template."""
     settings = {k: v for k, v in config.model_dump(mode="json").items() if k not in _PATHS}
+    if not config.domain_rules:  # a setting that came later: data sets from before it stay what they are
+        del settings["domain_rules"]
     settings |= {"part": config.resolved_part, "alpha": config.resolved_alpha, "k": config.resolved_k}
     return {
         "inputs": [{"name": path.name, "sha256": file_digest(path)} for path in config.inputs],
@@ -135,22 +141,41 @@ def _equal(found: Any, wanted: Any) -> bool:
     return bool(found == wanted)
 
 
-def _choose(reader: RecordReader, config: BuildConfig, counts: Counter[str]) -> set[tuple[str, int]]:
+def _choose(reader: RecordReader, config: BuildConfig, tally: Tally) -> set[tuple[str, int]]:
     """First pass: the (file, line) of every prompt that is taken. Raises DataError for bad records."""
     chosen: list[tuple[float, str, tuple[str, int]]] = []
     for record in reader:
-        counts["prompts"] += 1
-        side = side_of(record.prompt_id, seed=config.seed, holdout=config.holdout, sft_fraction=config.sft_fraction)
-        if config.domains and record.domain not in config.domains:
-            counts["prompts_left_out.other_domain"] += 1
-        elif not in_part(side, config.resolved_part):
-            counts["prompts_left_out.other_part"] += 1
+        tally.prompt(record, "prompts")
+        for response in record.responses:
+            tally.response(record, response.source, "input_responses")
+        for source, reason in record.dropped:
+            tally.response(record, source, "input_responses")
+            tally.response(record, source, f"input_responses_dropped.{reason}")
+        if reason := _left_out(record, config):
+            tally.prompt(record, f"prompts_left_out.{reason}")
         else:
             chosen.append((draws(record.prompt_id, config.seed).order, record.prompt_id, (record.file, record.line)))
-    if config.max_prompts is not None and len(chosen) > config.max_prompts:
-        counts["prompts_left_out.beyond_max_prompts"] += len(chosen) - config.max_prompts
-        chosen = sorted(chosen)[: config.max_prompts]
-    return {place for _, _, place in chosen}
+    if config.max_prompts is None or len(chosen) <= config.max_prompts:
+        return {place for _, _, place in chosen}
+    chosen.sort()
+    beyond = {place for _, _, place in chosen[config.max_prompts :]}
+    for record, _ in reader.at(beyond):
+        tally.prompt(record, "prompts_left_out.beyond_max_prompts")
+    return {place for _, _, place in chosen[: config.max_prompts]}
+
+
+def _left_out(record: ScoredPrompt, config: BuildConfig) -> str:
+    """Why a prompt is not for this data set, whatever its responses are; "" where it is."""
+    rule = config.rule_of(record.domain)
+    fraction = config.sft_fraction if rule is None or rule.sft_fraction is None else rule.sft_fraction
+    side = side_of(record.prompt_id, seed=config.seed, holdout=config.holdout, sft_fraction=fraction)
+    if config.domains and record.domain not in config.domains:
+        return "other_domain"
+    if config.domain_rules and rule is None:
+        return "no_rule_for_the_domain"
+    if rule is not None and {"sft": rule.sft, "pair": rule.pair}.get(config.kind) == "none":
+        return f"no_{config.kind}_of_the_domain"
+    return "" if in_part(side, config.resolved_part) else "other_part"
 
 
 def _rows(
@@ -212,27 +237,26 @@ def _write(rows: Iterable[Row], work: Path, kind: str) -> dict[str, Any]:
     }
 
 
-def _check_groups(config: BuildConfig, groups: GroupBuilder, kept: int, counts: Counter[str]) -> None:
+def _check_groups(config: BuildConfig, groups: GroupBuilder, kept: int) -> None:
     tokens, prompt_id = groups.longest_group
+    counts = groups.tally.total
     if tokens and config.on_long_group == "refuse":
-        number = groups.counts["prompts_dropped.long_group"]
+        number = counts["prompts_dropped.long_group"]
         raise DataError(
             f"{number} group(s) are longer than max_row_tokens = {config.max_row_tokens}; the longest, {prompt_id!r}, "
             f'has {tokens} tokens. Set max_row_tokens >= {tokens}, keep fewer responses (k), or on_long_group = "drop"'
         )
     if not kept:
-        found = {**counts, **groups.counts}
-        reasons = ", ".join(f"{key} {value}" for key, value in found.items() if value) or "the input is empty"
+        reasons = ", ".join(f"{key} {value}" for key, value in counts.items() if value) or "the input is empty"
         no_holdout = config.resolved_part == "eval" and not config.holdout
         hint = '; holdout is 0: set it, or part = "all"' if no_holdout else ""
         raise DataError(f"no group is left in part {config.resolved_part!r}: {reasons}{hint}")
 
 
-def _all_counts(reader: RecordReader, counts: Counter[str], groups: GroupBuilder, kept: int) -> dict[str, int]:
+def _all_counts(reader: RecordReader, tally: Tally) -> dict[str, int]:
     """Every count, by name. `prompts` is the sum of prompts_left_out.*, prompts_dropped.* and prompts_kept."""
-    found = Counter({**counts, "bad_records": reader.error_count, "prompts_kept": kept})
-    found.update({f"input_{key}": value for key, value in reader.counts.items()})
-    found.update(groups.counts)
+    found = Counter({**tally.total, "bad_records": reader.error_count})
+    found.update({f"input_{key}": value for key, value in reader.counts.items() if f"input_{key}" not in found})
     return {key: int(found[key]) for key in sorted(found) if found[key] or key == "bad_records"}
 
 

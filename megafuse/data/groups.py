@@ -1,5 +1,6 @@
 """One record to one row of the data set: filter responses, tokenise, apply the length rules, make the terms."""
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,9 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megafuse.config.build import BuildConfig
+from megafuse.config.rules import DomainRule
 from megafuse.data.pairs import GroupTerms, pair_terms, rewards_of, rloo_terms, sft_terms, wrpo_terms
 from megafuse.data.records import Response, ScoredPrompt
 from megafuse.data.store import Row
+from megafuse.data.tally import Tally
 from megafuse.data.tokenise import ChatTokenizer
 from megafuse.errors import DataError
 
@@ -22,9 +25,12 @@ class Rejected:
     reason: str
 
 
-def make_terms(responses: Sequence[Response], config: BuildConfig) -> GroupTerms:
+def make_terms(responses: Sequence[Response], config: BuildConfig, domain: str = "unknown") -> GroupTerms:
     """The terms of one prompt for the kind of data set that is built; none for `rank`."""
     alpha, k, weighting = config.resolved_alpha, config.resolved_k, config.weighting
+    rule = config.rule_of(domain)
+    if rule is not None and config.kind in ("sft", "pair"):
+        return _ruled_terms(responses, config, rule)
     if config.kind == "sft":
         selection = "top_k_all" if config.selection == "auto" else config.selection
         return sft_terms(
@@ -53,12 +59,37 @@ def make_terms(responses: Sequence[Response], config: BuildConfig) -> GroupTerms
     return GroupTerms((), np.zeros(0))
 
 
-class GroupBuilder:
-    """Builds rows from records and counts, in `counts`, everything that it leaves out."""
+def _ruled_terms(responses: Sequence[Response], config: BuildConfig, rule: DomainRule) -> GroupTerms:
+    """The terms that the rule of the prompt's domain makes, for kinds sft and pair."""
+    required = rule.correct == "required"
+    if config.kind == "sft":
+        assert rule.sft != "none", "prompts of such a domain are not chosen"
+        k = (config.k or 4) if rule.sft == "top_k_all" else config.k
+        return sft_terms(
+            responses,
+            selection=rule.sft,
+            k=k,
+            alpha=config.resolved_alpha,
+            weighting=config.weighting,
+            use_correct=required,
+        )
+    return pair_terms(
+        responses,
+        alpha=config.resolved_alpha,
+        k=1 if rule.pair == "top1" else config.k,
+        min_gap=rule.min_gap,
+        max_gap=rule.max_gap,
+        weighting=config.weighting,
+        use_correct=required,
+    )
 
-    def __init__(self, config: BuildConfig, tokenizer: ChatTokenizer) -> None:
+
+class GroupBuilder:
+    """Builds rows from records and counts, in `tally`, everything that it keeps and leaves out."""
+
+    def __init__(self, config: BuildConfig, tokenizer: ChatTokenizer, tally: Tally | None = None) -> None:
         self.config, self.tokenizer = config, tokenizer
-        self.counts: Counter[str] = Counter()
+        self.tally = tally if tally is not None else Tally()
         self.longest_group: tuple[int, str] = (0, "")  # above max_row_tokens: tokens, prompt_id
 
     def __call__(self, records: Sequence[ScoredPrompt]) -> list[Row | Rejected]:
@@ -67,7 +98,7 @@ class GroupBuilder:
         Raises:
             ConfigError: the tokenizer does not fit the model, or writes two BOS tokens.
         """
-        records = [replace(r, responses=self._filtered(r.responses)) for r in records]
+        records = [replace(r, responses=self._filtered(r)) for r in records]
         prompts = self.tokenizer.prompts([r.messages for r in records])
         answers = iter(self.tokenizer.answers([a.text for r in records for a in r.responses]))
         rows: list[Row | Rejected] = []
@@ -75,31 +106,38 @@ class GroupBuilder:
             bodies = [next(answers) for _ in record.responses]
             if isinstance(prompt, DataError):
                 rows.append(Rejected(record, str(prompt)))
-                self.counts["prompts_dropped.template_refused"] += 1
+                self.tally.prompt(record, "prompts_dropped.template_refused")
                 continue
             row = self._row(record, prompt, bodies)
             if isinstance(row, Row):
                 rows.append(row)
+                self.tally.prompt(record, "prompts_kept")
+                for source in row.sources:
+                    self.tally.response(record, source, "responses_kept")
             else:
-                self.counts[f"prompts_dropped.{row}"] += 1
+                self.tally.prompt(record, f"prompts_dropped.{row}")
         return rows
 
-    def _filtered(self, responses: Sequence[Response]) -> tuple[Response, ...]:
+    def _filtered(self, record: ScoredPrompt) -> tuple[Response, ...]:
         config, kept = self.config, []
+        rule = config.rule_of(record.domain) or DomainRule()
+        limit = min(rule.responses_per_source or sys.maxsize, config.responses_per_source or sys.maxsize)
         taken: Counter[str] = Counter()
-        for response in responses:
+        for response in record.responses:
             source = response.source
             taken[source] += 1
             if (config.include_sources and source not in config.include_sources) or source in config.exclude_sources:
                 reason = "source_filter"
-            elif config.responses_per_source is not None and taken[source] > config.responses_per_source:
+            elif rule.sources and source not in rule.sources:
+                reason = "not_a_source_of_the_domain"
+            elif taken[source] > limit:
                 reason = "beyond_responses_per_source"
             elif response.finish_reason == "length" and config.on_unfinished == "drop":
                 reason = "unfinished"
             else:
                 kept.append(response)
                 continue
-            self.counts[f"responses_dropped.{reason}"] += 1
+            self.tally.response(record, source, f"responses_dropped.{reason}")
         return tuple(kept)
 
     def _row(self, record: ScoredPrompt, prompt: np.ndarray, bodies: list[np.ndarray]) -> Row | str:
@@ -108,22 +146,24 @@ class GroupBuilder:
         if len(prompt) > (config.max_prompt_length or config.max_length - 1):
             return "long_prompt"
         if self.tokenizer.has_control_text("".join(m["content"] for m in record.messages)):
-            self.counts["prompts_with_control_tokens_in_their_text"] += 1
+            self.tally.prompt(record, "prompts_with_control_tokens_in_their_text")
         room = config.max_length - len(prompt)
-        finished = [self._finish(body, r, room) for body, r in zip(bodies, record.responses)]
+        finished = [self._finish(record, r, body, room) for body, r in zip(bodies, record.responses)]
         kept = [i for i, ids in enumerate(finished) if ids is not None]
         if not kept:
             return "no_response"
         responses = [record.responses[i] for i in kept]
-        terms = make_terms(responses, config)
-        for reason, number in terms.dropped.items():
-            self.counts[f"terms_dropped.{reason}"] += number
+        if reason := self._failed(record.domain, responses):
+            return reason
+        terms = make_terms(responses, config, record.domain)
+        self._count_terms(record, terms)
         used = sorted({j for term in terms.members for j in term})
         if config.kind == "rank":
             used = list(range(len(kept)))
         elif not used:
             return "no_term"
-        self.counts["responses_dropped.in_no_term"] += len(kept) - len(used)
+        for j in set(range(len(kept))) - set(used):
+            self.tally.response(record, responses[j].source, "responses_dropped.in_no_term")
         place = {j: n for n, j in enumerate(used)}
         row = Row(
             prompt_id=record.prompt_id,
@@ -140,19 +180,40 @@ class GroupBuilder:
             return "long_group"
         return row
 
-    def _finish(self, body: np.ndarray, response: Response, room: int) -> np.ndarray | None:
+    def _failed(self, domain: str, responses: Sequence[Response]) -> str:
+        """Why a prompt is left out whose domain requires a correct response; "" where it is not."""
+        rule = self.config.rule_of(domain)
+        if rule is None or rule.correct != "required" or self.config.kind not in ("sft", "pair"):
+            return ""
+        if all(r.correct is None for r in responses):
+            return "ungraded"
+        return "" if any(r.correct for r in responses) else "all_failed"
+
+    def _count_terms(self, record: ScoredPrompt, terms: GroupTerms) -> None:
+        for (source, reason), number in terms.dropped_of.items():
+            self.tally.response(record, source, f"terms_dropped.{reason}", number)
+        if not terms.dropped_of:  # WRPO: reasons of the prompt, of no one source
+            for reason, number in terms.dropped.items():
+                self.tally.prompt(record, f"terms_dropped.{reason}", number)
+
+    def _finish(self, record: ScoredPrompt, response: Response, body: np.ndarray, room: int) -> np.ndarray | None:
         """The tokens of an answer with its end of turn, within `room` tokens; None where it is left out."""
+
+        def count(name: str) -> None:
+            self.tally.response(record, response.source, name)
+
         if not len(body):  # white space that the template trims, or that the tokenizer does not know
-            self.counts["responses_dropped.no_token"] += 1
+            count("responses_dropped.no_token")
             return None
         unfinished = response.finish_reason == "length"
         whole = body if unfinished else np.concatenate([body, self.tokenizer.end_of_turn])
         if len(whole) <= room:
-            self.counts["responses_without_end_of_turn"] += unfinished
+            if unfinished:
+                count("responses_without_end_of_turn")
             return whole
         if self.config.on_long_response == "drop":
-            self.counts["responses_dropped.long_response"] += 1
+            count("responses_dropped.long_response")
             return None
-        self.counts["responses_truncated"] += 1
-        self.counts["responses_without_end_of_turn"] += 1
+        count("responses_truncated")
+        count("responses_without_end_of_turn")
         return body[:room]

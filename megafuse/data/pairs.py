@@ -8,6 +8,7 @@ Terms come in descending reward of the response that their weight is made of; ti
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Literal
 
 import numpy as np
@@ -27,6 +28,7 @@ class GroupTerms:
     members: tuple[tuple[int, ...], ...]  # indices into the responses given
     weights: np.ndarray  # [m] float64, sums to 1; [0] where nothing is left
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> number of sources (or of prompts, for WRPO)
+    dropped_of: Counter[tuple[str, str]] = field(default_factory=Counter)  # (source, reason) -> the same numbers
 
 
 def rewards_of(responses: Sequence[Response]) -> np.ndarray:
@@ -42,25 +44,29 @@ def rewards_of(responses: Sequence[Response]) -> np.ndarray:
 
 
 def _weigh(
+    responses: Sequence[Response],
     terms: Iterable[tuple[float, tuple[int, ...]]],
     alpha: float,
     k: int | None,
     weighting: Weighting,
-    dropped: Counter[str] | None = None,
+    dropped: Counter[tuple[str, str]],
 ) -> GroupTerms:
     """Keep the k terms of the highest reward and weigh them."""
     ranked = list(terms)
-    order = by_reward([reward for reward, _ in ranked])[:k] if ranked else np.zeros(0, dtype=np.int64)
-    dropped = dropped if dropped is not None else Counter()
-    if len(order) < len(ranked):
-        dropped["beyond_k"] += len(ranked) - len(order)
+    ranks = by_reward([reward for reward, _ in ranked]) if ranked else np.zeros(0, dtype=np.int64)
+    order = ranks[:k]
+    for i in ranks[len(order) :]:
+        dropped[responses[ranked[i][1][0]].source, "beyond_k"] += 1
+    reasons: Counter[str] = Counter()
+    for (_, reason), number in dropped.items():
+        reasons[reason] += number
     if not len(order):
-        return GroupTerms((), np.zeros(0), dropped)
+        return GroupTerms((), np.zeros(0), reasons, dropped)
     if weighting == "softmax":
         weights = source_weights([ranked[i][0] for i in order], alpha)
     else:
         weights = np.full(len(order), 1.0 / len(order))
-    return GroupTerms(tuple(ranked[i][1] for i in order), weights, dropped)
+    return GroupTerms(tuple(ranked[i][1] for i in order), weights, reasons, dropped)
 
 
 def _by_source(responses: Sequence[Response]) -> dict[str, list[int]]:
@@ -89,12 +95,12 @@ def sft_terms(
     With `use_correct`, prompts that have graded responses keep the correct ones only (FuseChat-3.0's table).
     """
     kept = list(range(len(responses)))
-    dropped: Counter[str] = Counter()
+    dropped: Counter[tuple[str, str]] = Counter()
     if _graded(responses, use_correct):
         kept = [i for i in kept if responses[i].correct]
-        dropped["not_correct"] += len(responses) - len(kept)
+        dropped.update((r.source, "not_correct") for r in responses if not r.correct)
     if not kept:
-        return GroupTerms((), np.zeros(0), dropped)
+        return _weigh(responses, [], alpha, None, weighting, dropped)
     rewards = rewards_of([responses[i] for i in kept])
     if selection == "top_k_all":
         chosen = top_k_all(rewards, k if k is not None else len(kept))
@@ -102,7 +108,12 @@ def sft_terms(
         chosen = top1_per_source(rewards, [responses[i].source for i in kept], k)
     else:
         chosen = single_best(rewards)
-    return _weigh([(float(rewards[j]), (kept[j],)) for j in chosen], alpha, None, weighting, dropped)
+    return _weigh(responses, [(float(rewards[j]), (kept[j],)) for j in chosen], alpha, None, weighting, dropped)
+
+
+def _decimal(number: float) -> Decimal:
+    """The shortest decimal that reads back as `number`: what stands in the file."""
+    return Decimal(repr(float(number)))
 
 
 def _pair(
@@ -120,15 +131,15 @@ def _pair(
     chosen = high[int(np.argmax(rewards_of([responses[i] for i in high])))]
     rejected = low[int(np.argmin(rewards_of([responses[i] for i in low])))]
     best, worst = rewards_of([responses[chosen], responses[rejected]])
-    with np.errstate(over="ignore"):
-        gap = best - worst
-    if gap == 0:
+    if best == worst:
         return "tie"
-    if gap < 0:  # only with grades: the reward model prefers the wrong answer
+    if best < worst:  # only with grades: the reward model prefers the wrong answer
         return "negative_gap"
-    if min_gap is not None and gap < min_gap:
+    # The bounds are inclusive for the numbers as they are written: in float64, 0.15 - 0.05 is below 0.1.
+    gap = _decimal(best) - _decimal(worst)
+    if min_gap is not None and gap < _decimal(min_gap):
         return "gap_too_small"
-    if max_gap is not None and gap > max_gap:
+    if max_gap is not None and gap > _decimal(max_gap):
         return "gap_too_large"
     # the same words under two rewards: the loss would be constant
     return "same_text" if responses[chosen].text == responses[rejected].text else (chosen, rejected)
@@ -146,34 +157,34 @@ def pair_terms(
 ) -> GroupTerms:
     """One term `[chosen, rejected]` a source (Eq. 11). `k=1` is the SFT+PO baseline: one pair a prompt, weight 1.
 
-    Sources with one response, a tie, the same text twice, or a gap outside `min_gap <= gap <= max_gap` (compared as
-    float64) have no pair and are counted in `dropped`. With `use_correct`, prompts that have graded responses pair the
-    best correct one with the worst incorrect one of a source (FuseChat-3.0's table).
+    Sources with one response, a tie, the same text twice, or a gap outside `min_gap <= gap <= max_gap` (of the decimals
+    that the file holds, both bounds inside) have no pair and are counted in `dropped`. With `use_correct`, prompts that
+    have graded responses pair the best correct one with the worst incorrect one of a source (FuseChat-3.0's table).
     """
-    dropped: Counter[str] = Counter()
+    dropped: Counter[tuple[str, str]] = Counter()
     terms: list[tuple[float, tuple[int, ...]]] = []
     graded = _graded(responses, use_correct)
-    for indices in _by_source(responses).values():
+    for source, indices in _by_source(responses).items():
         pair = _pair(responses, indices, min_gap, max_gap, graded)
         if isinstance(pair, str):
-            dropped[pair] += 1
+            dropped[source, pair] += 1
         else:
             terms.append((float(rewards_of([responses[pair[0]]])[0]), pair))
-    return _weigh(terms, alpha, k, weighting, dropped)
+    return _weigh(responses, terms, alpha, k, weighting, dropped)
 
 
 def rloo_terms(
     responses: Sequence[Response], *, alpha: float = 5e-3, k: int | None = None, weighting: Weighting = "softmax"
 ) -> GroupTerms:
     """One term with all responses of a source, for sources that have at least two; weighed by their best reward."""
-    dropped: Counter[str] = Counter()
+    dropped: Counter[tuple[str, str]] = Counter()
     terms: list[tuple[float, tuple[int, ...]]] = []
-    for indices in _by_source(responses).values():
+    for source, indices in _by_source(responses).items():
         if len(indices) < 2:
-            dropped["one_response"] += 1
+            dropped[source, "one_response"] += 1
         else:
             terms.append((float(rewards_of([responses[i] for i in indices]).max()), tuple(indices)))
-    return _weigh(terms, alpha, k, weighting, dropped)
+    return _weigh(responses, terms, alpha, k, weighting, dropped)
 
 
 def wrpo_terms(responses: Sequence[Response], *, target_source: str) -> GroupTerms:

@@ -1,6 +1,6 @@
 """Reader of the public file formats: one JSON object a line, `.jsonl` or gzip of it, streamed.
 
-    {"prompt_id", "messages": [{"role", "content"}..] | "prompt", "domain", "gold"?, "tests"?,
+    {"prompt_id", "messages": [{"role", "content"}..] | "prompt", "domain", "dataset"?, "gold"?, "tests"?,
      "responses": [{"source", "text", "reward", "correct"?, "model"?, "finish_reason"?}..]}
 
 A line that training must not see is a *bad record*, reported as `file:line:col: reason`. Keys that are not named here
@@ -10,6 +10,7 @@ are ignored. A byte order mark, CRLF line ends and blank lines are accepted. Whe
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,6 +44,8 @@ class ScoredPrompt:
     tests: Any = None
     file: str = ""
     line: int = 0
+    dataset: str = ""  # where the prompt comes from; "" where the record does not say
+    dropped: tuple[tuple[str, str], ...] = ()  # (source, reason) of each bad response that was dropped
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,9 @@ def _record(record: Any, rules: Rules, file: str, line: int) -> tuple[ScoredProm
     prompt_id = _string(record, ("prompt_id",))
     messages = _messages(record)
     domain = _string(record, ("domain",)) if record.get("domain") is not None else "unknown"
+    dataset = _string(record, ("dataset",), empty=True) if record.get("dataset") is not None else ""
     responses: list[Response] = []
-    dropped: dict[str, int] = {}
+    dropped: list[tuple[str, str]] = []
     if rules.form != "prompts":
         items = record.get("responses")
         if not isinstance(items, list):
@@ -131,13 +135,19 @@ def _record(record: Any, rules: Rules, file: str, line: int) -> tuple[ScoredProm
             if isinstance(response, Response):
                 responses.append(response)
             else:
-                dropped[response] = dropped.get(response, 0) + 1
-    return (
-        ScoredPrompt(
-            prompt_id, messages, domain, tuple(responses), record.get("gold"), record.get("tests"), file, line
-        ),
-        dropped,
-    )
+                dropped.append((item["source"], response))
+    return ScoredPrompt(
+        prompt_id=prompt_id,
+        messages=messages,
+        domain=domain,
+        responses=tuple(responses),
+        gold=record.get("gold"),
+        tests=record.get("tests"),
+        file=file,
+        line=line,
+        dataset=dataset,
+        dropped=tuple(dropped),
+    ), dict(Counter(reason for _, reason in dropped))
 
 
 def _messages(record: dict[str, Any]) -> tuple[dict[str, str], ...]:
