@@ -30,6 +30,10 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
+    "sample": Command(
+        "megafuse.cli.sample", "prompts -> responses of one source (vLLM, or a server); resumes by itself"
+    ),
+    "score": Command("megafuse.cli.score", "responses -> verified and scored responses; resumes by itself"),
     "build": Command("megafuse.cli.build", "scored answers -> tokenised data set for FuseSFT or FusePO"),
     "reference": Command("megafuse.cli.reference", "log-probs of a data set under the reference model, computed once"),
     "train": Command("megafuse.cli.train", "FuseSFT or FusePO; under torchrun, srun, or alone; resumes by itself"),

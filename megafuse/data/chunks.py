@@ -1,0 +1,189 @@
+"""A long stage over prompts that can be killed at any moment: one file a chunk of prompts, whole or absent.
+
+    OUT.jsonl.chunks/identity.json    what decides the result; another input or setting is refused
+    OUT.jsonl.chunks/00003.jsonl      the rows of one chunk, under this name only when they are all on disk
+    OUT.jsonl.chunks/00003.lock       held (flock) by the job that makes it; the kernel frees it when that job dies
+    OUT.jsonl                         the chunks one after the other, once all are there
+    OUT.jsonl.manifest.json
+
+Chunks are the same whoever makes them, and whichever job made the others: the output does not depend on how often the
+stage was stopped or on how many jobs shared it.
+"""
+
+import contextlib
+import fcntl
+import gzip
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megafuse.data.reader import RecordReader, file_digest, raw_lines
+from megafuse.data.records import Form, Rules
+from megafuse.errors import DataError
+from megafuse.observe.manifest import atomic_file, utc_now, versions, write_json_atomic
+
+Record = dict[str, Any]  # one line of a public file, every key kept
+
+
+def read_raw(path: Path, form: Form) -> list[Record]:
+    """Every line of a public file as it is, after all of them have been checked against the form.
+
+    Raises:
+        DataError: bad lines, as `file:line:col: reason`. Responses without text are no error here.
+    """
+    for _ in RecordReader([path], Rules(form=form, drop_bad_responses=True)):
+        pass
+    return [json.loads(raw.decode("utf-8").removeprefix("\ufeff")) for _, raw in raw_lines(path)]
+
+
+def input_digests(paths: Sequence[Path]) -> list[str]:
+    """SHA-256 of each input, for `identity`."""
+    return [file_digest(path) for path in paths]
+
+
+class ChunkedStage:
+    """The chunks of one output file.
+
+    Args:
+        output: the JSON-lines file that the stage makes; a gzip where the name ends with `.gz`.
+        identity: everything that decides the result, as JSON: digests of the inputs, settings.
+        records: the input, in order; a row of the output belongs to each, with the same `prompt_id`.
+        chunk: prompts a chunk.
+        job: this job, from 0; it makes chunks job, job + jobs, job + 2 jobs ...
+        jobs: jobs that share the stage.
+
+    Raises:
+        DataError: the folder of chunks belongs to another input or to other settings.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        identity: Mapping[str, Any],
+        records: Sequence[Record],
+        *,
+        chunk: int,
+        job: int = 0,
+        jobs: int = 1,
+    ) -> None:
+        self.output, self.records, self.chunk = output, records, chunk
+        self.folder = output.with_name(f"{output.name}.chunks")
+        self.manifest_path = output.with_name(f"{output.name}.manifest.json")
+        self.count = -(-len(records) // chunk)
+        self.mine = range(job, self.count, jobs)
+        self.damaged: list[Path] = []  # found and set aside
+        self._identity = json.loads(json.dumps({**identity, "chunk": chunk, "prompts": len(records)}))
+        self._check_identity()
+
+    def _check_identity(self) -> None:
+        path = self.folder / "identity.json"
+        found = _read_json(path)
+        if found is None:
+            if self.output.exists() and (_read_json(self.manifest_path) or {}).get("identity") != self._identity:
+                raise DataError(f"{self.output} exists and was made otherwise: choose another output, or remove it")
+            write_json_atomic(path, self._identity)
+        elif found != self._identity:
+            keys = sorted(k for k in {*found, *self._identity} if found.get(k) != self._identity.get(k))
+            shown = "; ".join(f"{k}: {_short(found.get(k))} then, {_short(self._identity.get(k))} now" for k in keys)
+            raise DataError(
+                f"{self.folder} holds chunks of another run ({shown}): go on with the same input and settings, choose "
+                "another output, or remove the folder"
+            )
+
+    def part(self, index: int) -> Sequence[Record]:
+        """The input records of a chunk."""
+        return self.records[index * self.chunk : (index + 1) * self.chunk]
+
+    def path(self, index: int) -> Path:
+        """The file of a chunk."""
+        return self.folder / f"{index:05d}.jsonl"
+
+    def rows(self, index: int) -> list[Record] | None:
+        """The finished rows of a chunk, or None; a damaged file is set aside as `.damaged` and counts as not made."""
+        path = self.path(index)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            rows = [json.loads(line) for line in data.decode("utf-8").splitlines()]
+            whole = data.endswith(b"\n") and [r["prompt_id"] for r in rows] == [
+                r["prompt_id"] for r in self.part(index)
+            ]
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if whole:
+            return rows
+        aside = path.with_suffix(".damaged")
+        os.replace(path, aside)
+        self.damaged.append(aside)
+        return None
+
+    def pending(self) -> list[int]:
+        """This job's chunks that are not there yet."""
+        return [i for i in self.mine if self.rows(i) is None]
+
+    @contextlib.contextmanager
+    def claim(self, index: int) -> Iterator[None]:
+        """Hold a chunk while it is made.
+
+        Raises:
+            DataError: another job is making it.
+        """
+        with open(self.path(index).with_suffix(".lock"), "a+", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lock.seek(0)
+                raise DataError(
+                    f"chunk {index} of {self.output} is being made by {lock.read().strip() or 'another job'}: two jobs "
+                    "need two outputs, or the same `jobs` and different `job`"
+                ) from None
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
+            yield
+
+    def write(self, index: int, rows: Sequence[Record]) -> None:
+        """Put the rows of a chunk in their place, at once and durably.
+
+        Raises:
+            DataError: a row holds NaN or infinity; nothing is written then.
+        """
+        assert len(rows) == len(self.part(index)), "one row a prompt"
+        try:
+            lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows]
+        except ValueError as e:
+            raise DataError(f"chunk {index} of {self.output}: {e}") from None
+        with atomic_file(self.path(index)) as file:
+            file.write("".join(line + "\n" for line in lines).encode())
+
+    def finish(self, facts: Mapping[str, Any]) -> bool:
+        """Join the chunks into the output where all are there; False where other jobs still have some to make."""
+        missing = [i for i in range(self.count) if self.rows(i) is None]
+        if missing:
+            return False
+        with atomic_file(self.output) as raw, contextlib.ExitStack() as stack:
+            out: Any = raw
+            if self.output.suffix == ".gz":
+                out = stack.enter_context(gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0))
+            for index in range(self.count):
+                out.write(self.path(index).read_bytes())
+        manifest = {"identity": self._identity, **facts, "created": utc_now(), "versions": versions()}
+        write_json_atomic(self.manifest_path, manifest)
+        return True
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,125 @@
+"""ArmoRM-Llama3-8B-v0.1 (arXiv 2406.12845) from its published weights, without their remote code.
+
+    score = sum_k gate_k(prompt) * (regression(answer) @ reward_transform_matrix)_k          19 objectives
+
+`regression_layer.weight [19, h]` is applied to the hidden state of the last token; the gating network (ReLU layers,
+then softmax of logits / temperature, times `gating.logit_scale`) to the hidden state at the first token of the last
+`<|eot_id|><|start_header_id|>assistant<|end_header_id|>\\n\\n`, which has seen the prompt and not the answer.
+The heads are computed in float32 whatever the precision of the backbone.
+"""
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megafuse.errors import ConfigError
+
+ARCHITECTURE = "LlamaForRewardModelWithGating"
+ANSWER_HEADER = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+
+
+class GatedHeads(nn.Module):
+    """The regression layer, the transform and the gating network; parameter names are those of the published files.
+
+    Args:
+        hidden_size: of the backbone, h.
+        objectives: outputs of the regression layer, K.
+        gating_width: of the gating network's hidden layers.
+        gating_layers: number of its hidden layers.
+        temperature: of its softmax.
+    """
+
+    def __init__(
+        self, hidden_size: int, objectives: int, *, gating_width: int, gating_layers: int, temperature: float
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.regression_layer = nn.Linear(hidden_size, objectives, bias=False)
+        self.reward_transform_matrix = nn.Parameter(torch.eye(objectives), requires_grad=False)
+        widths = [hidden_size] + [gating_width] * gating_layers + [objectives]
+        self.gating = nn.Module()
+        self.gating.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.gating.logit_scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, answer: Tensor, prompt: Tensor) -> Tensor:
+        """Scores [n] from the hidden states [n, h] at the last token and at the answer's header."""
+        rewards = self.regression_layer(answer) @ self.reward_transform_matrix
+        gate = prompt
+        layers = list(self.gating.layers)  # type: ignore[arg-type]
+        for layer in layers[:-1]:
+            gate = torch.relu(layer(gate))
+        scale = self.gating.logit_scale
+        assert isinstance(scale, Tensor)
+        return (torch.softmax(layers[-1](gate) / self.temperature, dim=1) * scale * rewards).sum(dim=1)
+
+
+class ArmoRM:
+    """The backbone and its heads, for scoring token sequences.
+
+    Raises:
+        ConfigError: the folder holds another architecture, or not all of the heads' weights.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Any, *, dtype: torch.dtype, device: torch.device) -> None:
+        from transformers import LlamaConfig, LlamaModel
+
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if ARCHITECTURE not in (raw.get("architectures") or []):
+            raise ConfigError(f"{folder}: architectures = {raw.get('architectures')} is not {ARCHITECTURE}")
+        raw = {k: v for k, v in raw.items() if k != "auto_map"}
+        self.backbone = LlamaModel.from_pretrained(
+            str(folder), config=LlamaConfig(**raw), dtype=dtype, local_files_only=True
+        )
+        self.backbone.to(device).eval()
+        self.vocab_size = int(self.backbone.get_input_embeddings().num_embeddings)
+        self.heads = GatedHeads(
+            raw["hidden_size"],
+            raw.get("num_objectives", 19),
+            gating_width=raw.get("gating_hidden_dim", 1024),
+            gating_layers=raw.get("gating_n_hidden", 3),
+            temperature=raw.get("gating_temperature", 10),
+        )
+        self.heads.load_state_dict(_weights(folder, list(self.heads.state_dict())))
+        self.heads.float().to(device).eval()
+        self.header: list[int] = tokenizer(ANSWER_HEADER, add_special_tokens=False)["input_ids"]
+
+    def score(self, ids: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
+        """Scores [n] float32 of right-padded sequences [n, t]; ConfigError for one without an answer's header."""
+        hidden = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        rows = torch.arange(len(ids), device=ids.device)
+        places = [last_occurrence(row[:n].tolist(), self.header) for row, n in zip(ids, lengths)]
+        prompt = hidden[rows, torch.tensor(places, device=ids.device)]
+        scores: Tensor = self.heads(hidden[rows, lengths - 1].float(), prompt.float())
+        return scores
+
+
+def last_occurrence(tokens: Sequence[int], pattern: Sequence[int]) -> int:
+    """Where the last occurrence of `pattern` starts.
+
+    Raises:
+        ConfigError: it does not occur.
+    """
+    for start in range(len(tokens) - len(pattern), -1, -1):
+        if list(tokens[start : start + len(pattern)]) == list(pattern):
+            return start
+    raise ConfigError(
+        f"a conversation has no {ANSWER_HEADER!r}: ArmoRM needs the chat template of Llama 3 and its tokenizer"
+    )
+
+
+def _weights(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(path), framework="pt") as file:
+            found.update({name: file.get_tensor(name) for name in file.keys() if name in names})  # noqa: SIM118
+    missing = sorted(set(names) - set(found))
+    if missing:
+        raise ConfigError(f"{folder}: no weights of {', '.join(missing)} in its safetensors files")
+    return found

@@ -1,0 +1,1 @@
+"""Responses of source models: vLLM in process, or any OpenAI-compatible server."""
