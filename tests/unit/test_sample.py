@@ -1,0 +1,225 @@
+"""`sample`: seeds, parameters, chunks that survive kill -9, a real server over HTTP, and real vLLM where it is."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megafuse.cli.main import main
+from megafuse.config.load import validate
+from megafuse.config.sample import SampleConfig
+from megafuse.data.chat import load_tokenizer
+from megafuse.errors import ConfigError, DataError
+from megafuse.sampling.client import ServerError
+from megafuse.sampling.engines import Generated, Request, prompt_tokens
+from megafuse.sampling.registry import REGISTRY
+from megafuse.sampling.sample import parameters_of, sample, seed_of
+from megafuse.testing.server import ChatServer
+from megafuse.testing.tokenizer import CHATML, make_tokenizer
+
+PRESET = Path(__file__).parents[2] / "megafuse" / "config" / "presets" / "fusechat3.toml"
+
+
+def write(path: Path, n: int = 5, domain: str = "math") -> Path:
+    rows = [
+        {"prompt_id": f"p{i}", "prompt": f"question {i}", "domain": domain, "gold": str(i), "extra": {"kept": i}}
+        for i in range(n)
+    ]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def config(prompts: Path, output: Path, **more: Any) -> SampleConfig:
+    values = {"prompts": (prompts,), "output": output, "source": "me", "engine": "server", "chunk": 2}
+    return validate(SampleConfig, {**values, **more})
+
+
+class Echo:
+    """An engine whose responses tell what was asked for."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def generate(self, requests: Sequence[Request]) -> list[Generated]:
+        self.batches.append(len(requests))
+        return [
+            Generated(f"{r.messages[-1]['content']} {r.seed}", "length" if r.seed % 2 else "stop", 4) for r in requests
+        ]
+
+
+def test_the_papers_parameters(tmp_path: Path) -> None:
+    """FuseChat-3.0's table; the recipe's names are those of the registry."""
+    table = dict.fromkeys(("gemma-2-27b", "mistral-large-2407", "llama-3.1-70b"), (0.8, 0.95, 1.0))
+    table |= dict.fromkeys(("qwen2.5-72b", "qwen2.5-math-72b"), (0.7, 0.8, 1.05))
+    for name, want in table.items():
+        found = parameters_of(config(tmp_path / "a", tmp_path / "b", source=name))
+        assert (found.temperature, found.top_p, found.repetition_penalty) == want
+    own = parameters_of(config(tmp_path / "a", tmp_path / "b", source="qwen2.5-72b", temperature=0.0))
+    assert (own.temperature, own.top_p, own.repetition_penalty) == (0.0, 0.8, 1.05)
+    assert '"qwen2.5-72b"' in PRESET.read_text() and '"qwen2.5-math-72b"' in PRESET.read_text()
+    assert {"qwen2.5-72b", "qwen2.5-math-72b"} <= set(REGISTRY)
+
+
+@pytest.mark.parametrize(("domain", "n"), [("instruction", 5), ("coding", 8), ("chinese", 1)])
+def test_responses_and_seeds(tmp_path: Path, domain: str, n: int) -> None:
+    prompts = write(tmp_path / "p.jsonl", 3, domain)
+    result = sample(config(prompts, tmp_path / "out.jsonl"), engine=Echo())
+    assert result.complete and result.counts["responses"] == 3 * n
+    seeds = set()
+    for row, given in zip(read(tmp_path / "out.jsonl"), read(prompts)):
+        assert {k: v for k, v in row.items() if k != "responses"} == given
+        for i, response in enumerate(row["responses"]):
+            seed = seed_of(0, "me", row["prompt_id"], i)
+            seeds.add(seed)
+            assert response["text"] == f"{given['prompt']} {seed}" and 0 <= seed < 1 << 31
+            assert response["finish_reason"] == ("length" if seed % 2 else "stop")
+            assert (response["source"], response["model"]) == ("me", "me")
+    assert len(seeds) == 3 * n
+
+
+def test_other_prompts_do_not_change_a_prompts_seeds(tmp_path: Path) -> None:
+    sample(config(write(tmp_path / "a.jsonl", 5), tmp_path / "five.jsonl"), engine=Echo())
+    sample(config(write(tmp_path / "b.jsonl", 2), tmp_path / "two.jsonl", chunk=1), engine=Echo())
+    assert read(tmp_path / "five.jsonl")[:2] == read(tmp_path / "two.jsonl")
+
+
+def test_jobs_and_resumption(tmp_path: Path) -> None:
+    prompts, out = write(tmp_path / "p.jsonl", 7), tmp_path / "out.jsonl"
+    sample(config(prompts, tmp_path / "whole.jsonl"), engine=Echo())
+    first = sample(config(prompts, out, job=1, jobs=3), engine=Echo())
+    assert first.made == 1 and not first.complete and not out.exists()
+    rest = Echo()
+    second = sample(config(prompts, out), engine=rest)
+    assert second.made == 3 and second.complete and rest.batches == [10, 10, 5]
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert sample(config(prompts, out), engine=None).made == 0, "no engine is made for nothing"
+    with pytest.raises(DataError, match="settings"):
+        sample(config(prompts, out, temperature=0.5), engine=Echo())
+
+
+def reply(body: dict[str, Any]) -> dict[str, Any]:
+    assert {"model", "messages", "temperature", "top_p", "max_tokens", "seed"} <= set(body)
+    text = f"{body['messages'][-1]['content']}: {body['seed']}, {body['temperature']}, {body.get('repetition_penalty')}"
+    return {"message": {"content": text}, "finish_reason": "length"}
+
+
+def test_a_server_over_http_and_kill_9(tmp_path: Path) -> None:
+    prompts = write(tmp_path / "p.jsonl", 16)
+
+    def slow(body: dict[str, Any]) -> dict[str, Any]:
+        time.sleep(0.05)
+        return reply(body)
+
+    with ChatServer(slow, failures=3) as server:
+        flags = ["--prompts", str(prompts), "--source", "qwen2.5-72b", "--engine", "server", "--n", "3", "--chunk", "2"]
+        flags += ["--base_url", server.url, "--concurrency", "2"]
+        assert main(["sample", *flags, "--output", str(tmp_path / "whole.jsonl")]) == 0
+        out, chunks = tmp_path / "out.jsonl", tmp_path / "out.jsonl.chunks"
+        command = [sys.executable, "-m", "megafuse", "sample", *flags, "--output", str(out)]
+        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        deadline = time.monotonic() + 120
+        while len(list(chunks.glob("?????.jsonl"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert 2 <= len(list(chunks.glob("?????.jsonl"))) < 8 and not out.exists()
+        assert main(["sample", *flags, "--output", str(out)]) == 0
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    seed = seed_of(0, "qwen2.5-72b", "p0", 2)
+    assert read(out)[0]["responses"][2] == {
+        "source": "qwen2.5-72b",
+        "model": "qwen2.5-72b",
+        "text": f"question 0: {seed}, 0.7, 1.05",
+        "finish_reason": "length",
+    }
+
+
+def test_a_server_that_refuses(tmp_path: Path) -> None:
+    prompts = write(tmp_path / "p.jsonl", 4)
+
+    def picky(body: dict[str, Any]) -> Any:
+        if "question 2" in body["messages"][0]["content"]:
+            raise ValueError("context length exceeded")
+        return "fine"
+
+    with ChatServer(picky) as server:
+        with pytest.raises(ServerError, match=r"HTTP 400.*context length exceeded"):
+            sample(config(prompts, tmp_path / "out.jsonl", base_url=server.url, n=1))
+        assert server.requests <= 4, "what cannot pass is not tried again"
+    assert len(list((tmp_path / "out.jsonl.chunks").glob("?????.jsonl"))) == 1, "the first chunk is kept"
+    with pytest.raises(ServerError, match="refused"):
+        sample(config(prompts, tmp_path / "other.jsonl", base_url="http://127.0.0.1:9/v1", n=1, retries=0))
+
+
+def test_prompts_through_the_template(tmp_path: Path) -> None:
+    user = [{"role": "user", "content": "hi"}]
+    plain = load_tokenizer(make_tokenizer(tmp_path / "a", 512))
+    ids = prompt_tokens(plain, "p", user, 100)
+    assert plain.decode(ids) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    with pytest.raises(DataError, match=rf"'p' has {len(ids)} tokens, max_model_len is {len(ids)}"):
+        prompt_tokens(plain, "p", user, len(ids))
+    bos = {"bos_token": "<|endoftext|>", "add_bos": True}
+    once = load_tokenizer(make_tokenizer(tmp_path / "b", 512, chat_template="{{ bos_token }}" + CHATML, **bos))
+    assert prompt_tokens(once, "p", user, 100)[:2] == [0, 1], (
+        "one BOS, from the template, although the tokenizer adds one"
+    )
+    twice = load_tokenizer(
+        make_tokenizer(tmp_path / "c", 512, chat_template="{{ bos_token }}{{ bos_token }}" + CHATML, **bos)
+    )
+    with pytest.raises(ConfigError, match="two BOS tokens"):
+        prompt_tokens(twice, "p", user, 100)
+    strict = "{{ raise_exception('no system role') if messages[0]['role'] == 'system' }}" + CHATML
+    refusing = load_tokenizer(make_tokenizer(tmp_path / "d", 512, chat_template=strict))
+    with pytest.raises(DataError, match="'p': the source's chat template refuses it: no system role"):
+        prompt_tokens(refusing, "p", [{"role": "system", "content": "x"}, *user], 100)
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    prompts = write(tmp_path / "p.jsonl", 2)
+    bare = make_tokenizer(tmp_path / "bare", 512, chat_template=None)
+    with pytest.raises(ConfigError, match="no chat template"):
+        sample(config(prompts, tmp_path / "a.jsonl", engine="vllm", model=bare))
+    with pytest.raises(DataError, match="of the domains"):
+        sample(config(prompts, tmp_path / "a.jsonl", domains=("coding",)), engine=Echo())
+    with pytest.raises(DataError, match="earlier file"):
+        twice = config(prompts, tmp_path / "a.jsonl").model_copy(update={"prompts": (prompts, prompts)})
+        sample(twice, engine=Echo())
+    with pytest.raises(ConfigError, match="needs model"):
+        config(prompts, tmp_path / "a.jsonl", engine="vllm")
+
+
+def test_real_vllm(tmp_path: Path) -> None:
+    """SmolLM2 on the CPU: two runs, one of them in two jobs, write the same bytes."""
+    python = os.environ.get("MEGAFUSE_VLLM_PYTHON", "")
+    model = os.environ.get("MEGAFUSE_SMOLLM2", "")
+    if not (python and model):
+        pytest.skip("set MEGAFUSE_VLLM_PYTHON (a Python with vLLM) and MEGAFUSE_SMOLLM2 (a model folder)")
+    flags = ["--prompts", str(write(tmp_path / "p.jsonl", 6)), "--source", "smollm2", "--model", model, "--n", "2"]
+    flags += ["--max_tokens", "16", "--max_model_len", "512", "--dtype", "float32", "--chunk", "2"]
+    root = str(Path(__file__).parents[2])
+    for name, more in (("one", []), ("two", ["--job", "1", "--jobs", "2"]), ("two", [])):
+        out = str(tmp_path / f"{name}.jsonl")
+        done = subprocess.run(
+            [python, "-m", "megafuse", "sample", *flags, "--output", out, *more],
+            env=dict(os.environ, PYTHONPATH=root, OMP_NUM_THREADS="2"),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=550,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
+    texts = [r["text"] for row in read(tmp_path / "one.jsonl") for r in row["responses"]]
+    assert len(set(texts)) > 6 and all(texts)
