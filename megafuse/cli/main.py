@@ -30,6 +30,7 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
+    "prompts": Command("megafuse.cli.prompts", "a published set -> prompts: filtered, one of a kind, counted"),
     "sample": Command(
         "megafuse.cli.sample", "prompts -> responses of one source (vLLM, or a server); resumes by itself"
     ),

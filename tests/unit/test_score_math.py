@@ -44,14 +44,14 @@ def test_the_same_answer_in_other_words() -> None:
     cases = [
         (r"\frac{1}{2}", "0.5", True),
         ("x+1", "1 + x", True),
-        ("6√2", r"6\sqrt{2}", True),
+        ("6\u221a2", r"6\sqrt{2}", True),
         ("{1, 2}", r"\{2, 1\}", True),
         ("8", "Anne is 8 years old.", True),
         ("34", "20 + 6 + 8 = 34", True),
         ("6", "6 * sqrt(2)", False),
         ("2", "2:10 pm", False),
         ("52", "436, 52", False),
-        ("25", "25√2", False),
+        ("25", "25\u221a2", False),
     ]
     with WorkerPool(MODULE, 1, 60.0) as pool:
         found = pool.map([{"gold": gold, "text": rf"\boxed{{{answer}}}"} for gold, answer, _ in cases])

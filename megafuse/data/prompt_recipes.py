@@ -1,0 +1,148 @@
+"""The prompt sets of FuseRL and FuseChat-3.0, each as a declaration: columns, domain, filter, gold answer or tests.
+
+Column names are those of the sets on the hub. What the papers leave open is ours and said where it stands: code and
+math are recognised by the set's own categories where it has them, by words where it has not; test cases are taken from
+the examples of a LeetCode problem, and from the assertions in a response of self-oss-instruct.
+"""
+
+import ast
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Row = Mapping[str, Any]
+Language = Literal["en", "zh"]
+
+
+@dataclass(frozen=True)
+class PromptRecipe:
+    """How rows of one published set become prompts."""
+
+    hub: str
+    domain: str
+    text: Callable[[Row], Any]
+    columns: tuple[str, ...]  # that must be there
+    language: Language = "en"
+    keep: Callable[[Row, str], bool] = lambda row, text: True
+    why_not: str = "filtered"  # name of the count of rows that `keep` refuses
+    gold: Callable[[Row], Any] | None = None
+    tests: Callable[[Row], dict[str, Any] | None] | None = None
+    given: tuple[str, Callable[[Row], Any]] | None = None  # (source, response) that the set brings along
+
+
+_CODE = re.compile(
+    r"```|\b(?:python|javascript|java|c\+\+|sql|html|css|php|ruby|golang|rust|typescript|regex|bash|json|xml|api)\b|"
+    r"\b(?:function|algorithm|program|script|code|coding|compile|debug|database query)s?\b|"
+    "\u4ee3\u7801|\u7f16\u7a0b|\u7a0b\u5e8f|\u51fd\u6570|\u7b97\u6cd5",
+    re.IGNORECASE,
+)
+_MATH = re.compile(
+    r"\\frac|\\sqrt|\$[^$]+=[^$]+\$|\b(?:solve for|equation|integral|derivative|theorem|polynomial|calculate|"
+    r"probability|arithmetic|geometry|algebra|how many|how much)\b|\d\s*[-+*/=^]\s*\d|"
+    "\u65b9\u7a0b|\u8ba1\u7b97|\u6c42\u89e3|\u6570\u5b66|\u6982\u7387",
+    re.IGNORECASE,
+)
+
+
+def general_text(row: Row, text: str) -> bool:
+    """Neither code nor math, by words."""
+    return not _CODE.search(text) and not _MATH.search(text)
+
+
+def general_category(row: Row, text: str) -> bool:
+    """Neither code nor math, by Magpie's `task_category`."""
+    return row.get("task_category") not in ("Math", "Coding & Debugging", "Data analysis")
+
+
+def _joined(row: Row) -> str:
+    return f"{row['instruction']}\n{row['input']}" if row.get("input") else str(row["instruction"])
+
+
+def leetcode_text(row: Row) -> str:
+    """The problem, and the signature that its tests call."""
+    signature = _signature(row)
+    return f"{row['content']}\n\nWrite a Python function `{signature}`." if signature else str(row["content"])
+
+
+def _signature(row: Row) -> str | None:
+    found = re.search(r"^def (\w+)\(([^)]*)\)", str(row.get("python") or ""), re.MULTILINE)
+    if not found:
+        return None
+    names = [part.split(":")[0].split("=")[0].strip() for part in found[2].split(",")]
+    return f"{found[1]}({', '.join(names)})"
+
+
+_EXAMPLE = re.compile(r"\*{0,2}Input:?\*{0,2}:?\s*(.+?)\s*\n+\s*\*{0,2}Output:?\*{0,2}:?\s*(.+?)\s*(?:\n|$)")
+_WORDS = {"true": "True", "false": "False", "null": "None"}
+
+
+def leetcode_tests(row: Row) -> dict[str, Any] | None:
+    """Tests from the examples of a problem whose inputs are written `name = value, ...`; None where there are none."""
+    signature = _signature(row)
+    if signature is None:
+        return None
+    lines = []
+    for given, wanted in _EXAMPLE.findall(str(row["content"])):
+        try:
+            call, result = (
+                ast.parse(re.sub(r"\b(true|false|null)\b", lambda m: _WORDS[m[1]], text), mode="eval").body
+                for text in (f"f({given})", wanted)
+            )
+            assert isinstance(call, ast.Call)
+            values = [*call.args, *(k.value for k in call.keywords), result]
+            arguments = ", ".join(repr(ast.literal_eval(value)) for value in values[:-1])
+            lines.append(f"    assert candidate({arguments}) == {ast.literal_eval(result)!r}")
+        except (SyntaxError, ValueError):
+            continue
+    if not lines:
+        return None
+    return {"code": "def check(candidate):\n" + "\n".join(lines) + "\n", "entry_point": signature.split("(")[0]}
+
+
+def assertion_tests(row: Row) -> dict[str, Any] | None:
+    """The assertions at top level of the code in a response; None where there are none."""
+    found: list[str] = []
+    for block in re.findall(r"```(?:python|py)?\n(.*?)```", str(row["response"]), re.DOTALL):
+        try:
+            tree = ast.parse(block)
+        except SyntaxError:
+            continue
+        found += [ast.unparse(node) for node in tree.body if isinstance(node, ast.Assert)]
+    return {"code": "\n".join(found) + "\n"} if found else None
+
+
+RECIPES: dict[str, PromptRecipe] = {
+    "ultrafeedback": PromptRecipe(
+        "openbmb/UltraFeedback", "instruction", lambda r: r["instruction"], ("instruction",), keep=general_text,
+        why_not="code_or_math",
+    ),
+    "magpie_pro_dpo": PromptRecipe(
+        "Magpie-Align/Magpie-Pro-DPO-100K-v0.1", "instruction", lambda r: r["instruction"],
+        ("instruction", "task_category"), keep=general_category, why_not="code_or_math",
+    ),
+    "helpsteer2": PromptRecipe(
+        "nvidia/HelpSteer2", "instruction", lambda r: r["prompt"], ("prompt",), keep=general_text,
+        why_not="code_or_math",
+    ),
+    "openmathinstruct2": PromptRecipe(
+        "nvidia/OpenMathInstruct-2", "math", lambda r: r["problem"],
+        ("problem", "expected_answer", "generated_solution"),
+        gold=lambda r: r["expected_answer"], given=("llama-3.1-405b", lambda r: r["generated_solution"]),
+    ),
+    "leetcode": PromptRecipe(
+        "greengerong/leetcode", "coding", leetcode_text, ("content", "python"), tests=leetcode_tests,
+    ),
+    "self_oss_instruct": PromptRecipe(
+        "bigcode/self-oss-instruct-sc2-exec-filter-50k", "coding", lambda r: r["instruction"],
+        ("instruction", "response"), tests=assertion_tests,
+    ),
+    "alpaca_gpt4_zh": PromptRecipe(
+        "llamafactory/alpaca_gpt4_zh", "chinese", _joined, ("instruction", "input"), "zh", keep=general_text,
+        why_not="code_or_math",
+    ),
+    "magpie_qwen2_pro_zh": PromptRecipe(
+        "Magpie-Align/Magpie-Qwen2-Pro-200K-Chinese", "chinese", lambda r: r["instruction"],
+        ("instruction", "task_category"), "zh", keep=general_category, why_not="code_or_math",
+    ),
+}  # fmt: skip
