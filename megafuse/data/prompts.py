@@ -110,8 +110,8 @@ def _rows(config: PromptsConfig, recipe: PromptRecipe) -> Iterator[Row]:
     missing = [name for name in recipe.columns if name not in data.column_names]
     if missing:
         raise DataError(
-            f"{config.data or recipe.hub} has no column {', '.join(missing)}, it has {', '.join(data.column_names)}: is "
-            f"it {recipe.hub}?"
+            f"{config.data or recipe.hub} is not {recipe.hub}: it has no column {', '.join(missing)}, but "
+            f"{', '.join(data.column_names)}"
         )
     yield from data
 

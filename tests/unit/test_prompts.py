@@ -70,9 +70,10 @@ SETS: dict[str, tuple[list[dict[str, Any]], int]] = {
         1,
     ),
     "alpaca_gpt4_zh": (
-        [{"instruction": ZH, "input": "", "output": "x"}, {"instruction": ZH, "input": "\u8981\u77ed\u4e00\u70b9\u3002", "output": "x"},
+        [{"instruction": ZH, "input": "", "output": "x"},
+         {"instruction": ZH, "input": "\u8981\u77ed\u4e00\u70b9\u3002", "output": "x"},
          {"instruction": "In English this time, please.", "input": "", "output": "x"},
-         {"instruction": "\u8bf7\u7528\u4ee3\u7801\u5b9e\u73b0\u4e00\u4e2a\u6392\u5e8f\u7a0b\u5e8f", "input": "", "output": "x"}],
+         {"instruction": "\u8bf7\u7528\u4ee3\u7801\u5b9e\u73b0\u6392\u5e8f", "input": "", "output": "x"}],
         2,
     ),
     "magpie_qwen2_pro_zh": (

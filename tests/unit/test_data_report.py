@@ -1,0 +1,120 @@
+"""`data report`: the numbers against their definition, the page against what a page must not do."""
+
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megafuse.cli.main import main
+from megafuse.data.report import ALPHAS, collect, effective_sources
+
+SOURCES = ("a", "b<script>alert(1)</script>", "c$x_1$")
+
+
+def rows(n: int) -> list[dict[str, Any]]:
+    rng = random.Random()
+    return [
+        {
+            "prompt_id": f"p{i}",
+            "prompt": f"<img src=x onerror=alert(1)> question {i}",
+            "domain": rng.choice(["math", "coding"]),
+            "responses": [
+                {
+                    "source": rng.choice(SOURCES),
+                    "text": "word " * rng.randint(1, 40) + "</pre>",
+                    "reward": round(rng.random(), 1),
+                    "correct": rng.choice([True, False, None]),
+                    "finish_reason": rng.choice(["stop", "length"]),
+                }
+                for _ in range(rng.randint(1, 7))
+            ],
+        }
+        for i in range(n)
+    ]
+
+
+def write(path: Path, given: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in given))
+    return path
+
+
+def test_numbers(tmp_path: Path) -> None:
+    given = rows(60)
+    data = collect([write(tmp_path / "a.jsonl", given)])
+    assert data.prompts == 60 and len(data.groups) == 10
+    assert sum(map(len, data.rewards.values())) == sum(len(r["responses"]) for r in given)
+    for one in SOURCES:
+        for two in set(SOURCES) - {one}:
+            scores = []
+            for row in given:
+                best = [[r["reward"] for r in row["responses"] if r["source"] == s] for s in (one, two)]
+                if all(best):
+                    x, y = max(best[0]), max(best[1])
+                    scores.append(1.0 if x > y else 0.5 if x == y else 0.0)
+            assert data.win_rate(one, two) == pytest.approx(sum(scores) / len(scores))
+    longer = shorter = 0
+    for row in given:
+        for source in SOURCES:
+            own = [r for r in row["responses"] if r["source"] == source]
+            if own and max(r["reward"] for r in own) > min(r["reward"] for r in own):
+                chosen = max(own, key=lambda r: r["reward"])
+                rejected = min(own, key=lambda r: r["reward"])
+                if chosen["text"] != rejected["text"]:
+                    longer += len(chosen["text"]) > len(rejected["text"])
+                    shorter += len(chosen["text"]) < len(rejected["text"])
+    assert (data.longer_chosen, data.longer_rejected) == (longer, shorter)
+    assert all(x <= y + 1e-9 for x, y in zip(data.effective, data.effective[1:])), "a larger alpha mixes more"
+
+
+def test_effective_sources() -> None:
+    assert effective_sources([1.0, 1.0, 1.0], 1e-4) == pytest.approx(3)
+    assert effective_sources([1.0, 0.0], ALPHAS[0]) == 1.0
+    p = 1 / (1 + math.exp(-2.0))
+    assert effective_sources([1.0, 0.0], 0.5) == pytest.approx(math.exp(-p * math.log(p) - (1 - p) * math.log(1 - p)))
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in ("meta", "br", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_safe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(
+        tmp_path / "a.jsonl", [*rows(30), {"prompt_id": "z", "prompt": "q", "responses": [{"source": "a", "text": ""}]}]
+    )
+    flags = ["data", "report", str(source), "--title", "T & <b>", "--output"]
+    assert main([*flags, str(tmp_path / "one.html")]) == 0 and main([*flags, str(tmp_path / "two.html")]) == 0
+    text = (tmp_path / "one.html").read_text()
+    assert text == (tmp_path / "two.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert not page.open and page.tags.count("svg") == 4 and page.tags.count("details") == 10
+    assert not {"script", "img", "link", "iframe"} & set(page.tags)
+    assert all(link.startswith("#") for link in page.links), "nothing is fetched"
+    assert not re.search(r"@import|url\((?!#)", text)
+    assert "T &amp; &lt;b&gt;" in text and "empty_text" in text and "prompts without a usable response" in text
+
+
+def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(
+        tmp_path / "a.jsonl", [{"prompt_id": "z", "prompt": "q", "responses": [{"source": "a", "text": ""}]}]
+    )
+    assert main(["data", "report", str(source), "--output", str(tmp_path / "x.html")]) == 2
+    assert not (tmp_path / "x.html").exists() and "no prompt has a response" in capsys.readouterr().err
