@@ -115,6 +115,15 @@ def test_jobs_share_the_work(tmp_path: Path) -> None:
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
 
+def test_ranks_of_torchrun_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, made = write(tmp_path / "a.jsonl", rows(9)), []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        made.append(score(config([source], tmp_path / "out.jsonl", job=0, jobs=1)))
+    assert [(m.made, m.complete) for m in made] == [(2, False), (3, True)]
+
+
 def test_two_jobs_on_one_chunk(tmp_path: Path) -> None:
     from megafuse.data.chunks import ChunkedStage
 
