@@ -131,14 +131,15 @@ def test_armorm_against_a_twin(armorm: Path) -> None:
 def test_neither_order_nor_padding_changes_a_score(kind: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(kind)
     kind = kind if kind == "armorm" else "classifier"
+    # a batch of another shape is added up in another order; a gate with a temperature amplifies that rounding (3e-5 seen),
+    # while padding that leaks changes scores by more than 1e-2
+    close = {"rtol": 2e-4, "atol": 2e-5}
     rows = records()
     together = scores(load(kind, folder, batch_tokens=1 << 20), rows)
     alone = scores(load(kind, folder, batch_tokens=1), rows)
-    np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(together, alone, **close)
     backwards = [{**r, "responses": r["responses"][::-1]} for r in rows[::-1]]
-    np.testing.assert_allclose(
-        scores(load(kind, folder, batch_tokens=300), backwards)[::-1], alone, rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(scores(load(kind, folder, batch_tokens=300), backwards)[::-1], alone, **close)
     assert len({round(s, 6) for s in alone}) > 10
 
 
