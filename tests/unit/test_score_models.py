@@ -131,7 +131,7 @@ def test_armorm_against_a_twin(armorm: Path) -> None:
 def test_neither_order_nor_padding_changes_a_score(kind: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(kind)
     kind = kind if kind == "armorm" else "classifier"
-    # a batch of another shape is added up in another order; a gate with a temperature amplifies that rounding (3e-5 seen),
+    # a batch of another shape is added up in another order, and a gate amplifies that rounding (3e-5 was seen),
     # while padding that leaks changes scores by more than 1e-2
     close = {"rtol": 2e-4, "atol": 2e-5}
     rows = records()
