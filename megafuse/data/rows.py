@@ -20,7 +20,6 @@ from megafuse.kernels.packing import group_cost, group_tokens, pack_batch
 from megafuse.losses.types import Terms
 from megafuse.model.arch import ModelArch
 from megafuse.observe.flops import flops_per_pair, flops_per_token
-from megafuse.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -204,15 +203,15 @@ def row_shape(parallel: ParallelConfig, dp_size: int, backend: Any) -> RowShape:
     )
 
 
-def row_planner(config: Any, data: GroupDataset, arch: ModelArch, topology: Topology, backend: Any) -> RowPlanner:
-    """The planner of a run: `config` has `data` (DataConfig) and `parallel` (ParallelConfig)."""
+def row_planner(config: Any, data: GroupDataset, arch: ModelArch, world_size: int, backend: Any) -> RowPlanner:
+    """The planner of a run: `config` has `data` (DataConfig) and `parallel` (ParallelConfig, which fits the world)."""
     return RowPlanner(
         data,
         arch,
         max_row_tokens=config.data.max_row_tokens,
         max_group_tokens=config.data.max_group_tokens or 4 * config.data.max_row_tokens,
         prefix_sharing=config.data.prefix_sharing,
-        shape=row_shape(config.parallel, topology.dp_size, backend),
+        shape=row_shape(config.parallel, world_size // config.parallel.model_ranks, backend),
     )
 
 

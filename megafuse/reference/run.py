@@ -30,6 +30,7 @@ def run_reference(config: ReferenceRunConfig | EvalConfig, folder: Path, name: s
     sharing = config.data.prefix_sharing
     backend = choose_backend(config.model, config.parallel, prefix_sharing=sharing)
     check_layout(arch, config.parallel, world_size_here())
+    planner = row_planner(config, data, arch, world_size_here(), backend)
     flat, offsets = data.response_lengths
     with process_groups(), layout(config.parallel) as topology:
         digest = topology.on_rank_zero(
@@ -39,7 +40,6 @@ def run_reference(config: ReferenceRunConfig | EvalConfig, folder: Path, name: s
             with torch.no_grad():
                 model = build_model(arch, config.parallel, topology, backend)
                 load_model(model, topology, config.model.path)
-                planner = row_planner(config, data, arch, topology, backend)
                 write_reference(
                     model, topology, data, planner, folder, name=name, digest=digest,
                     source=config.model.path, prefix_sharing=sharing, show_progress=topology.rank == 0,

@@ -51,8 +51,9 @@ def train(config: TrainConfig) -> Path:
         distributed_optimizer=config.optim.distributed,
     )
     check_layout(arch, config.parallel, world_size_here())
+    planner = row_planner(config, data, arch, world_size_here(), backend)
     with process_groups(), layout(config.parallel, seed=config.seed) as topology:
-        return _Run(config, arch, data, loss, backend, topology).run()
+        return _Run(config, arch, data, loss, backend, planner, topology).run()
 
 
 def check_data(data: GroupDataset, arch: ModelArch, loss: Loss) -> None:
@@ -78,6 +79,7 @@ class _Run:
     data: GroupDataset
     loss: Loss
     backend: Backend
+    planner: RowPlanner
     topology: Topology
 
     def run(self) -> Path:
@@ -91,26 +93,25 @@ class _Run:
         if newest and steps[-1] >= total:
             self._say(f"{config.run_dir} is complete: {newest}")
             return newest
-        planner = row_planner(config, self.data, self.arch, topology, self.backend)
         overlap = self.backend.policy.tp_comm_overlap
-        with user_buffers(overlap, topology, row_tokens=planner.budget, hidden=self.arch.hidden_size):
-            return self._train(planner, sampler, newest, total)
+        with user_buffers(overlap, topology, row_tokens=self.planner.budget, hidden=self.arch.hidden_size):
+            return self._train(sampler, newest, total)
 
-    def _train(self, planner: RowPlanner, sampler: BatchSampler, newest: Path | None, total: int) -> Path:
+    def _train(self, sampler: BatchSampler, newest: Path | None, total: int) -> Path:
         config, topology = self.config, self.topology
         model = build_model(self.arch, config.parallel, topology, self.backend, recompute=config.model.recompute)
         self._say(f"world {topology.world_size} on {topology.device.type}, {self.backend}, {total} steps")
-        reference = self._reference(model, planner)
+        reference = self._reference(model)
         load_model(model, topology, config.model.path)
         engine = wrap_for_training(model, config.optim, self.backend.policy, total_steps=total)
         done = self._resume(engine, newest) if newest else 0
-        return self._loop(engine, planner, sampler, reference, done, total)
+        return self._loop(engine, sampler, reference, done, total)
 
     def _say(self, text: str) -> None:
         if self.topology.rank == 0:
             print(text, file=sys.stderr, flush=True)
 
-    def _reference(self, model: list[Any], planner: RowPlanner) -> ReferenceLogps | None:
+    def _reference(self, model: list[Any]) -> ReferenceLogps | None:
         """Reference log-probs: from the cache that the run names, or computed now with the starting weights."""
         config = self.config
         if not self.loss.needs_reference:
@@ -123,7 +124,7 @@ class _Run:
         if config.reference.path is None and not self.topology.on_rank_zero(lambda: is_complete(folder)):
             load_model(model, self.topology, source)
             write_reference(
-                model, self.topology, self.data, planner, folder, name="ref", digest=digest, source=source,
+                model, self.topology, self.data, self.planner, folder, name="ref", digest=digest, source=source,
                 prefix_sharing=config.data.prefix_sharing, show_progress=self.topology.rank == 0,
             )  # fmt: skip
         flat, offsets = self.data.response_lengths
@@ -143,7 +144,6 @@ class _Run:
     def _loop(
         self,
         engine: Engine,
-        planner: RowPlanner,
         sampler: BatchSampler,
         reference: ReferenceLogps | None,
         done: int,
@@ -164,7 +164,7 @@ class _Run:
             for step in range(done, total):
                 start = time.perf_counter()
                 lr = engine.lr
-                plan = planner.plan(sampler.batch(step))
+                plan = self.planner.plan(sampler.batch(step))
                 result = self._step(engine, plan, reference, step / total)
                 skipped = 0 if result.updated else skipped + 1
                 record = self._record(step + 1, lr, plan, result, time.perf_counter() - start, peak)

@@ -94,7 +94,11 @@ def test_groups_equal_their_definition(make: Any, model: Path, kind: str) -> Non
         if want:
             head = {"wrpo": [0.0]}.get(kind, [max(r["reward"] for r in term) for term in want])
             np.testing.assert_array_equal(group.weights, source_weights(head, 0.05))
-        kept = row["responses"] if kind == "rank" else [r for r in row["responses"] if any(r in t for t in want)]
+        kept = (
+            row["responses"]
+            if kind == "rank"
+            else [r for r in row["responses"] if any(r is x for term in want for x in term)]
+        )
         assert group.sources == tuple(r["source"] for r in kept)
         messages = [{"role": "user", "content": row["prompt"]}]
         np.testing.assert_array_equal(group.prompt, tokenizer.prompts([messages])[0])

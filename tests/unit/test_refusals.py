@@ -10,7 +10,7 @@ import pytest
 from megafuse.config.loss import LossConfig
 from megafuse.config.train import ModelConfig, OverlapConfig, ParallelConfig
 from megafuse.data.dataset import GroupDataset
-from megafuse.errors import ConfigError
+from megafuse.errors import ConfigError, DataError
 from megafuse.launch.environment import world_from_environment
 from megafuse.losses.registry import make_loss
 from megafuse.model.arch import ModelArch
@@ -78,6 +78,9 @@ def test_training_refuses_a_layout_before_any_process_group(tmp_path: Path, monk
     monkeypatch.setattr("megafuse.training.run.process_groups", None)  # would raise TypeError if it were reached
     with pytest.raises(ConfigError, match=r"world size 1 .*parallel.tensor x pipeline x context = 1 x 1 x 2"):
         train(lab.config("sft", "x", parallel={"context": 2}))
+    with pytest.raises(DataError, match=r"needs \d+ tokens in one row, data.max_group_tokens allows 16"):
+        train(lab.config("sft", "y", data={"max_row_tokens": 8, "max_group_tokens": 16}))
+    assert not (tmp_path / "runs").exists()  # neither run has claimed its folder
 
 
 BAD_OVERLAPS = [
