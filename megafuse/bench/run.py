@@ -24,7 +24,7 @@ from megafuse.kernels.packing import group_tokens
 from megafuse.losses.registry import Loss, make_loss
 from megafuse.model.arch import ModelArch
 from megafuse.model.build import Backend, build_model, choose_backend
-from megafuse.observe.flops import device_peak_flops
+from megafuse.observe.flops import run_peak_flops
 from megafuse.observe.manifest import utc_now, versions, write_json_atomic
 from megafuse.observe.progress import Progress
 from megafuse.parallel.layouts import check_layout
@@ -128,6 +128,11 @@ class _Bench:
     batch: Batch
     topology: Topology
 
+    @property
+    def peak(self) -> float | None:
+        """FLOP/s of one device that MFU is taken of."""
+        return run_peak_flops(self.config.observe.peak_tflops, self.topology.device, self.config.model.precision)
+
     def run(self) -> dict[str, Any] | None:
         config, topology = self.config, self.topology
         engine = self._engine()
@@ -195,15 +200,8 @@ class _Bench:
             sources=sources,
             prefix_sharing=sharing,
             world_size=self.topology.world_size,
-            peak=self._peak(),
+            peak=self.peak,
         )
-
-    def _peak(self) -> float | None:
-        if self.config.observe.peak_tflops:
-            return self.config.observe.peak_tflops * 1e12
-        if self.topology.device.type != "cuda":
-            return None
-        return device_peak_flops(torch.cuda.get_device_name(), self.config.model.precision)
 
     def _facts(self) -> dict[str, Any]:
         cuda = self.topology.device.type == "cuda"
@@ -214,7 +212,7 @@ class _Bench:
                 "type": self.topology.device.type,
                 "name": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
                 "count": self.topology.world_size,
-                "peak_flops": self._peak(),
+                "peak_flops": self.peak,
             },
             "versions": {**versions(), "cuda": torch.version.cuda},
             "config": self.config.model_dump(mode="json"),

@@ -23,6 +23,8 @@ import numpy as np
 from megafuse.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from megafuse.model.arch import ModelArch
 
 
@@ -123,6 +125,20 @@ _PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
     (r"\bMI300X\b|\bMI325X\b", 1307),
     (r"\bMI250X\b", 191.5),  # torch sees each of the two dies of a module as a device
 )
+
+
+def run_peak_flops(peak_tflops: float | None, device: "torch.device", precision: str) -> float | None:
+    """The peak that a run's MFU is taken of, FLOP/s of one device: what its user gave, else the device's, by its name.
+
+    None on a CPU and on a device that is not listed.
+    """
+    if peak_tflops:
+        return peak_tflops * 1e12
+    if device.type != "cuda":
+        return None
+    import torch
+
+    return device_peak_flops(torch.cuda.get_device_name(), precision)
 
 
 def device_peak_flops(device_name: str, dtype: str) -> float | None:

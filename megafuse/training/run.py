@@ -20,7 +20,7 @@ from megafuse.errors import ConfigError, NonFiniteError
 from megafuse.losses.registry import Loss, make_loss
 from megafuse.model.arch import ModelArch, read_arch
 from megafuse.model.build import Backend, build_model, choose_backend
-from megafuse.observe.flops import device_peak_flops, mfu, model_flops
+from megafuse.observe.flops import mfu, model_flops, run_peak_flops
 from megafuse.observe.metrics import MetricsLog
 from megafuse.observe.progress import Progress
 from megafuse.parallel.layouts import check_layout
@@ -150,7 +150,7 @@ class _Run:
         total: int,
     ) -> Path:
         config, topology = self.config, self.topology
-        peak = self._peak()
+        peak = run_peak_flops(config.observe.peak_tflops, topology.device, config.model.precision)
         newest = Path()
         skipped = 0
         main = topology.rank == 0
@@ -214,13 +214,6 @@ class _Run:
             "updated": result.updated,
             **result.metrics,
         }
-
-    def _peak(self) -> float | None:
-        if self.config.observe.peak_tflops:
-            return self.config.observe.peak_tflops * 1e12
-        if self.topology.device.type != "cuda":
-            return None
-        return device_peak_flops(torch.cuda.get_device_name(), self.config.model.precision)
 
     def _guard(self, result: StepResult, step: int, skipped: int) -> None:
         if result.updated:
