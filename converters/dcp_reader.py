@@ -74,6 +74,25 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise IntegrityError(f".metadata names {module}.{name}, which no checkpoint needs; do not trust this file")
 
 
+def read_metadata(folder: Path) -> Any:
+    """`.metadata` of a checkpoint, through an unpickler that knows the classes of the format and nothing else.
+
+    Raises ConfigError where there is none, IntegrityError where it is damaged or names anything else.
+    """
+    path = folder / ".metadata"
+    if not path.is_file():
+        raise ConfigError(f"{folder} is no torch_dist checkpoint: it has no .metadata")
+    try:
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        _ = metadata.storage_data.items(), metadata.state_dict_metadata.items()
+    except IntegrityError:
+        raise
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise IntegrityError(f"{path} is damaged ({error!r}); restore the checkpoint") from None
+    return metadata
+
+
 class _TensorUnpickler(pickle.Unpickler):
     """Reads `data.pkl` of a saved tensor as (storage offset, size, stride) and builds nothing."""
 
@@ -127,7 +146,7 @@ class DcpFolder:
         self._stack = contextlib.ExitStack()
         self.stacked = False
         self.has_optimizer = False
-        metadata = self._metadata()
+        metadata = read_metadata(self.folder)
         infos = {(i.fqn, tuple(i.offset)): s for i, s in metadata.storage_data.items() if i.offset is not None}
         for key, entry in metadata.state_dict_metadata.items():
             self.has_optimizer |= key.startswith("optimizer.")
@@ -139,20 +158,6 @@ class DcpFolder:
         if master and not self._tensors:
             raise ConfigError(f"{self.folder} holds no fp32 master weights; use source 'model'")
         self._join_halves()
-
-    def _metadata(self) -> Any:
-        path = self.folder / ".metadata"
-        if not path.is_file():
-            raise ConfigError(f"{self.folder} is no torch_dist checkpoint: it has no .metadata")
-        try:
-            with path.open("rb") as file:
-                metadata = _MetadataUnpickler(file).load()
-            _ = metadata.storage_data.items(), metadata.state_dict_metadata.items()
-        except IntegrityError:
-            raise
-        except Exception as error:  # a damaged pickle raises nearly anything
-            raise IntegrityError(f"{path} is damaged ({error!r}); restore the checkpoint") from None
-        return metadata
 
     def _add(self, key: str, prefix: str, entry: Any, infos: dict[tuple[str, tuple[int, ...]], Any]) -> None:
         base = key.removeprefix(prefix)

@@ -1,7 +1,8 @@
 """Errors a user can act on. Each message names the field or file, the value, and the fix.
 
 The command line prints the message without a traceback and exits with `exit_code`:
-2 wrong configuration or input, 3 damaged data, 75 hang, 85 preempted after a save, 86 stopped on a non-finite step.
+2 wrong configuration or input, 3 damaged data, 4 not enough disk, 75 hang, 85 preempted after a save, 86 stopped on a
+non-finite step or a spike, 87 replicas differ, 143 terminated (after a save where there was time).
 """
 
 
@@ -36,6 +37,30 @@ class IntegrityError(MegafuseError):
 
 
 class NonFiniteError(MegafuseError):
-    """Loss or gradient norm is NaN or infinite; no rank has updated any parameter."""
+    """Loss or gradient norm is NaN, infinite, or a spike; no rank has updated any parameter."""
 
     exit_code = 86
+
+
+class StorageError(MegafuseError):
+    """The file system has no room for what has to be written."""
+
+    exit_code = 4
+
+
+class PreemptedError(MegafuseError):
+    """Asked to stop before a time limit or for another job; a checkpoint is written, the run is to be started again."""
+
+    exit_code = 85
+
+
+class TerminatedError(MegafuseError):
+    """Asked to end for good (SIGTERM, scancel); a checkpoint is written where there was time."""
+
+    exit_code = 143
+
+
+class ReplicaError(MegafuseError):
+    """Copies of the same parameters differ between ranks: a silent hardware error, or a bug."""
+
+    exit_code = 87

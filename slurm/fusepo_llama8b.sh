@@ -5,7 +5,8 @@
 #   MODEL=runs/fusesft-llama8b/hf DATA='scored/*.jsonl.gz' sbatch -N 4 slurm/fusepo_llama8b.sh
 #
 # Any number of nodes (-N). Further arguments go to `megafuse train`: ... fusepo_llama8b.sh --optim.lr 8e-7
-# Submitted again with the same RUN it goes on where it stopped: finished stages are skipped, training resumes.
+# Submitted again with the same RUN it goes on where it stopped: finished stages are skipped, training resumes. It does
+# so by itself (requeue) 300 s before its time limit, after a crash, a hang, or the loss of a node; see stages.sh.
 #
 #   MODEL  Hugging Face folder of the target model, which is the reference too (required)
 #   DATA   scored answers: .jsonl or .jsonl.gz files, wildcards allowed (required)
@@ -14,12 +15,15 @@
 #   VPP CP EP  chunks a pipeline stage, context- and expert-parallel ranks; default 1. See docs/layouts.md
 #   BUILD  further arguments of `megafuse build`, for example "--min_gap 0.01 --max_gap 0.1"
 #   NPROC  processes a node; default: the GPUs that Slurm gives
+#   HEALTH  on | off: check the GPUs of every node first; default on
+#   MAX_RESTARTS  requeues without a new checkpoint before the job gives up; default 3
 #SBATCH --job-name=fusepo-llama8b
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --gres=gpu:8
 #SBATCH --exclusive
 #SBATCH --requeue
+#SBATCH --signal=B:USR1@300
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 set -euo pipefail
@@ -28,13 +32,16 @@ export MEGAFUSE_ROOT=${MEGAFUSE_ROOT:-${SLURM_SUBMIT_DIR:?submit this file with 
 # shellcheck source=slurm/stages.sh
 source "$MEGAFUSE_ROOT/slurm/stages.sh"
 layout "${TP:-4}" "${PP:-1}"
+check_inputs
+check_config "$PRESETS/fusepo_llama8b.toml" "$@"
+check_nodes
 
 if todo build "$RUN/dataset/manifest.json"; then
-  megafuse build --inputs "${INPUTS[@]}" --output "$RUN/dataset" --tokenizer "$MODEL" \
+  here megafuse build --inputs "${INPUTS[@]}" --output "$RUN/dataset" --tokenizer "$MODEL" \
     --kind pair --alpha 5e-3 --max_length 2048 "${BUILD_ARGS[@]}"
 fi
 if todo import "$RUN/model/manifest.json"; then
-  megafuse convert import "$MODEL" "$RUN/model"
+  here megafuse convert import "$MODEL" "$RUN/model"
 fi
 if todo reference "$RUN/hf/config.json" && ! grep -qs '"complete": true' "$RUN/reference/manifest.json"; then
   every_node reference --out "$RUN/reference" --model.path "$RUN/model" \
@@ -46,6 +53,6 @@ if todo train "$RUN/hf/config.json"; then
 fi
 if todo export "$RUN/hf/config.json"; then
   newest=$(newest_checkpoint "$RUN/train") # apart: a failure inside an argument would go unseen
-  megafuse convert export "$newest" "$RUN/hf"
+  here megafuse convert export "$newest" "$RUN/hf"
 fi
 say "done: $RUN/hf"

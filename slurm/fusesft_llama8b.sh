@@ -4,7 +4,8 @@
 #   MODEL=/models/Llama-3.1-8B-Instruct DATA='scored/*.jsonl.gz' sbatch -N 4 slurm/fusesft_llama8b.sh
 #
 # Any number of nodes (-N). Further arguments go to `megafuse train`: ... fusesft_llama8b.sh --optim.lr 7e-6
-# Submitted again with the same RUN it goes on where it stopped: finished stages are skipped, training resumes.
+# Submitted again with the same RUN it goes on where it stopped: finished stages are skipped, training resumes. It does
+# so by itself (requeue) 300 s before its time limit, after a crash, a hang, or the loss of a node; see stages.sh.
 #
 #   MODEL  Hugging Face folder of the target model (required)
 #   DATA   scored answers: .jsonl or .jsonl.gz files, wildcards allowed (required)
@@ -13,12 +14,15 @@
 #   VPP CP EP  chunks a pipeline stage, context- and expert-parallel ranks; default 1. See docs/layouts.md
 #   BUILD  further arguments of `megafuse build`, for example "--max_prompts 20000"
 #   NPROC  processes a node; default: the GPUs that Slurm gives
+#   HEALTH  on | off: check the GPUs of every node first; default on
+#   MAX_RESTARTS  requeues without a new checkpoint before the job gives up; default 3
 #SBATCH --job-name=fusesft-llama8b
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --gres=gpu:8
 #SBATCH --exclusive
 #SBATCH --requeue
+#SBATCH --signal=B:USR1@300
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 set -euo pipefail
@@ -27,13 +31,16 @@ export MEGAFUSE_ROOT=${MEGAFUSE_ROOT:-${SLURM_SUBMIT_DIR:?submit this file with 
 # shellcheck source=slurm/stages.sh
 source "$MEGAFUSE_ROOT/slurm/stages.sh"
 layout "${TP:-2}" "${PP:-1}"
+check_inputs
+check_config "$PRESETS/fusesft_llama8b.toml" "$@"
+check_nodes
 
 if todo build "$RUN/dataset/manifest.json"; then
-  megafuse build --inputs "${INPUTS[@]}" --output "$RUN/dataset" --tokenizer "$MODEL" \
+  here megafuse build --inputs "${INPUTS[@]}" --output "$RUN/dataset" --tokenizer "$MODEL" \
     --kind sft --alpha 1e-2 --max_length 2048 "${BUILD_ARGS[@]}"
 fi
 if todo import "$RUN/model/manifest.json"; then
-  megafuse convert import "$MODEL" "$RUN/model"
+  here megafuse convert import "$MODEL" "$RUN/model"
 fi
 if todo train "$RUN/hf/config.json"; then
   every_node train "$PRESETS/fusesft_llama8b.toml" --run_dir "$RUN/train" --model.path "$RUN/model" \
@@ -41,6 +48,6 @@ if todo train "$RUN/hf/config.json"; then
 fi
 if todo export "$RUN/hf/config.json"; then
   newest=$(newest_checkpoint "$RUN/train") # apart: a failure inside an argument would go unseen
-  megafuse convert export "$newest" "$RUN/hf"
+  here megafuse convert export "$newest" "$RUN/hf"
 fi
 say "done: $RUN/hf"

@@ -1,19 +1,31 @@
 """Checkpoint folders of a run: complete or absent, newest found again, old ones pruned.
 
-`step_00000010.tmp` is being written; the rename to `step_00000010` comes after its manifest and everything in it has
-reached the disk, so a folder without `.tmp` is a complete checkpoint. Nothing else has to be trusted.
+`step_00000010.tmp` is being written; the rename to `step_00000010` comes after its manifest, with the SHA-256 of every
+file, and everything in it has reached the disk. So a folder without `.tmp` is a complete checkpoint; whether its bytes
+are still those that were written is what `checkpoint.verify` looks at. LATEST is a hint for people and other tools:
+nothing here reads it. `step_00000010.damaged` failed verification and was set aside.
 """
 
 import os
 import re
 import shutil
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megafuse.errors import IntegrityError
-from megafuse.observe.manifest import read_manifest_of, sync_path, utc_now, versions, write_json_atomic
+from megafuse.observe.manifest import (
+    atomic_file,
+    file_sha256,
+    read_manifest_of,
+    sync_path,
+    utc_now,
+    versions,
+    write_json_atomic,
+)
 
 FORMAT = "megafuse-checkpoint/1"
+LATEST = "LATEST"
 _STEP = re.compile(r"step_(\d{8})")
 
 
@@ -29,22 +41,39 @@ def complete_steps(root: Path) -> list[int]:
     return sorted(step for step in steps if (root / step_name(step) / "manifest.json").is_file())
 
 
-def begin(root: Path, step: int) -> Path:
-    """A fresh folder to write checkpoint `step` into. Leftovers of killed saves are removed. One process only."""
-    root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob("*.tmp"):
+def remove_leftovers(root: Path) -> list[Path]:
+    """Remove what killed saves left under `root`; returns what it was. One process only."""
+    leftovers = sorted(root.glob("*.tmp")) if root.is_dir() else []
+    for leftover in leftovers:
         shutil.rmtree(leftover)
+    return leftovers
+
+
+def begin(root: Path, step: int) -> Path:
+    """A fresh folder to write checkpoint `step` into. One process only."""
+    root.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(root)
     folder = root / (step_name(step) + ".tmp")
     folder.mkdir()
     return folder
 
 
-def commit(folder: Path, hf_source: Path, facts: dict[str, Any], *, keep: int) -> Path:
-    """Finish a written `folder`: HF side files, manifest, fsync, rename, prune to the `keep` newest. One process only.
+def commit(
+    folder: Path,
+    hf_source: Path,
+    facts: dict[str, Any],
+    hashes: Mapping[str, str],
+    *,
+    keep: int,
+    keep_every: int = 0,
+) -> Path:
+    """Finish a written `folder`: HF side files, manifest, fsync, rename, LATEST, pruning. One process only.
 
     hf_source: the checkpoint or Hugging Face folder that training started from; what is not weights there (config,
-    tokenizer, shard layout) rides along as `hf/`, so that the new checkpoint can be exported by itself. Returns the
-    final folder.
+    tokenizer, shard layout) rides along as `hf/`, so that the new checkpoint can be exported by itself.
+    hashes: SHA-256 by file name of what the ranks wrote and put on disk; the rest is hashed here.
+    keep, keep_every: see `prune`.
+    Returns the final folder.
     """
     if (hf_source / "hf").is_dir():
         shutil.copytree(hf_source / "hf", folder / "hf")
@@ -52,7 +81,10 @@ def commit(folder: Path, hf_source: Path, facts: dict[str, Any], *, keep: int) -
         from megafuse.converters.importer import keep_side_files
 
         keep_side_files(hf_source, folder / "hf")
-    files = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size} for p in _files(folder)}
+    files = {}
+    for path in _files(folder):
+        name = path.relative_to(folder).as_posix()
+        files[name] = {"bytes": path.stat().st_size, "sha256": hashes.get(name) or file_sha256(path)}
     write_json_atomic(
         folder / "manifest.json",
         {"format": FORMAT, "created": utc_now(), **facts, "versions": versions(), "files": files},
@@ -62,23 +94,53 @@ def commit(folder: Path, hf_source: Path, facts: dict[str, Any], *, keep: int) -
     final = folder.with_suffix("")
     os.rename(folder, final)
     sync_path(final.parent)
-    for step in complete_steps(final.parent)[:-keep]:
-        shutil.rmtree(final.parent / step_name(step))
+    with atomic_file(final.parent / LATEST) as file:
+        file.write(f"{final.name}\n".encode())
+    prune(final.parent, keep=keep, keep_every=keep_every)
     return final
+
+
+def prune(root: Path, *, keep: int, keep_every: int) -> None:
+    """Remove complete checkpoints but the `keep` newest and, unless 0, those at multiples of `keep_every` steps."""
+    for step in complete_steps(root)[:-keep]:
+        if not keep_every or step % keep_every:
+            doomed = root / step_name(step)
+            # first the name: a kill in the middle must not leave a folder that looks complete
+            gone = doomed.with_suffix(".tmp")
+            os.rename(doomed, gone)
+            shutil.rmtree(gone)
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a checkpoint that failed verification, so that it is neither chosen again nor in the way."""
+    for number in range(1, 1000):
+        aside = folder.with_name(f"{folder.name}.damaged" + (f"-{number}" if number > 1 else ""))
+        if not aside.exists():
+            os.rename(folder, aside)
+            return aside
+    raise IntegrityError(f"{folder} was damaged a thousand times; look at the disk, and remove the .damaged folders")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Manifest of a checkpoint, its files checked for presence and size.
 
     Raises:
-        IntegrityError: naming the file that is missing, unreadable, or of another size.
+        IntegrityError: the manifest is unreadable or names a file outside; or the file that is missing or of another
+            size.
     """
     manifest = read_manifest_of(folder, FORMAT)
-    for name, known in manifest["files"].items():
+    try:
+        sizes = {str(name): int(known["bytes"]) for name, known in manifest["files"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise IntegrityError(f"{folder / 'manifest.json'} is damaged ({error!r}); restore the checkpoint") from None
+    for name, known in sizes.items():
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts:
+            raise IntegrityError(f"{folder / 'manifest.json'} names {name!r}, outside its folder; do not trust it")
         file = folder / name
         size = file.stat().st_size if file.is_file() else None
-        if size != known["bytes"]:
-            raise IntegrityError(f"{file} has {size} bytes, its manifest says {known['bytes']}; restore the checkpoint")
+        if size != known:
+            raise IntegrityError(f"{file} has {size} bytes, its manifest says {known}; restore the checkpoint")
     return manifest
 
 

@@ -105,8 +105,9 @@ def _overview(commands: Mapping[str, Command], family: str = "") -> str:
         *(f"  {name:<{width}}  {summary}" for name, summary in shown.items()),
         "",
         "`megafuse COMMAND --help` shows every field with its unit and default; `megafuse --version` the version.",
-        "Exit status: 0 done, 2 configuration or input, 3 damaged data, 75 hang, 85 preempted after a save,",
-        "86 stopped on a non-finite step, 130 interrupted, 1 anything else.",
+        "Exit status: 0 done, 2 configuration or input, 3 damaged data, 4 not enough disk, 75 hang, 85 preempted after",
+        "a save, 86 stopped on a non-finite step or a spike, 87 replicas differ, 130 interrupted, 143 terminated,",
+        "1 anything else.",
     ]
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """`megafuse train`: one training run, alone, under torchrun, or as a Slurm step."""
 
 from megafuse.config.train import TrainConfig
+from megafuse.errors import MegafuseError
 
 DESCRIPTION = """Train the target model on a data set of prompt groups.
 
@@ -14,7 +15,13 @@ def run(config: TrainConfig) -> int:
     from megafuse.parallel.quiet import quiet_dependencies
 
     with quiet_dependencies():
+        from megafuse.training.outcome import write_outcome
         from megafuse.training.run import train
 
-        train(config)
+        try:
+            train(config)
+        except MegafuseError as error:
+            if config.run_dir.is_dir():
+                write_outcome(config.run_dir, error.exit_code, str(error))
+            raise
     return 0

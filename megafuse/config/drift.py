@@ -14,6 +14,7 @@ FREE = (
     "run_dir",
     "checkpoint",
     "observe",
+    "guard",
     "on_nonfinite",
     "max_consecutive_skips",
     "parallel",

@@ -94,15 +94,6 @@ class DataConfig(Config):
     prefix_sharing: bool = True
     """Compute a prompt once for all of its responses (exact). Off: every response carries its own copy."""
 
-    @model_validator(mode="after")
-    def _groups_fill_rows(self) -> "DataConfig":
-        if self.max_group_tokens is not None and self.max_group_tokens < self.max_row_tokens:
-            raise ValueError(
-                f"data.max_group_tokens = {self.max_group_tokens} is below data.max_row_tokens = "
-                f"{self.max_row_tokens}; lower max_row_tokens too, or leave max_group_tokens unset"
-            )
-        return self
-
 
 class OptimConfig(Config):
     """AdamW and its schedule."""
@@ -136,6 +127,10 @@ class CheckpointConfig(Config):
     """Optimizer steps between checkpoints; 0 saves only at the end."""
     keep: int = Field(2, ge=1)
     """Newest complete checkpoints that stay on disk."""
+    keep_every: int = Field(0, ge=0)
+    """Checkpoints at multiples of this many steps stay too; 0: none."""
+    strict: bool = False
+    """Refuse to start where the newest checkpoint fails verification (off: fall back to an older one, and say so)."""
     final_optimizer: bool = True
     """Store optimizer state in the last checkpoint too (off: weights only, a quarter of the size or less)."""
 
@@ -147,6 +142,22 @@ class ReferenceConfig(Config):
     """Cache written by `megafuse reference`. None: computed before the first step, into the run folder."""
     model: Path | None = None
     """Checkpoint of the reference policy; None: `model.path`, the policy that training starts from."""
+
+
+class GuardConfig(Config):
+    """What the run watches for beside NaN. See docs/reliability.md."""
+
+    hang_seconds: float = Field(600.0, ge=0)
+    """Without progress for so long a rank dumps its stacks and the job ends with exit code 75; 0 never. The first step
+    and saves get three times as long."""
+    spike_factor: float | None = Field(None, gt=1)
+    """A gradient norm above so many times the median of the last `spike_window` updates is refused. None: never."""
+    spike_window: int = Field(32, ge=2)
+    """Updates that the median is taken over."""
+    on_spike: Literal["halt", "skip", "rollback"] = "skip"
+    """As `on_nonfinite`, for spikes."""
+    fingerprint_every: int = Field(0, ge=0)
+    """Steps between comparisons of the data-parallel copies of every parameter; 0: none."""
 
 
 class ObserveConfig(Config):
@@ -174,6 +185,7 @@ class TrainConfig(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     reference: ReferenceConfig = ReferenceConfig()
     observe: ObserveConfig = ObserveConfig()
+    guard: GuardConfig = GuardConfig()
     global_batch_size: int = Field(128, ge=1)
     """Prompts (groups) an optimizer step, over all ranks."""
     epochs: int = Field(1, ge=1)
@@ -182,7 +194,8 @@ class TrainConfig(Config):
     """Stop after this many optimizer steps; the schedule is laid out for the shorter run."""
     seed: int = Field(0, ge=0)
     """Order of the groups."""
-    on_nonfinite: Literal["halt", "skip"] = "halt"
-    """A NaN or infinite loss or gradient: stop with exit code 86, or skip the update on every rank and go on."""
+    on_nonfinite: Literal["halt", "skip", "rollback"] = "halt"
+    """A NaN or infinite loss or gradient: stop with exit code 86; skip the update on every rank and go on; or go back
+    to the newest checkpoint and come again without that batch."""
     max_consecutive_skips: int = Field(3, ge=1)
-    """With `skip`: consecutive skipped updates after which the run stops all the same."""
+    """Skips in a row, and roll-backs in one start, after which the run stops all the same."""

@@ -60,11 +60,15 @@ class Topology:
         dist.all_reduce(values)
         return values
 
+    def least(self, *values: float) -> list[float]:
+        """The least of each value over all ranks: one all-reduce (MIN)."""
+        flags = torch.tensor(values, dtype=torch.float32).to(self.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MIN)
+        return list(flags.tolist())
+
     def all_agree(self, ok: bool) -> bool:
         """True when `ok` is true on every rank: one all-reduce (MIN)."""
-        flag = torch.tensor([1.0 if ok else 0.0]).to(self.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-        return bool(flag.item() > 0)
+        return self.least(float(ok))[0] > 0
 
     def from_rank_zero(self, value: Any) -> Any:
         """The picklable `value` of rank 0, on every rank."""

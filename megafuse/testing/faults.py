@@ -1,5 +1,6 @@
 """Faults to inject into a run, for tests that show what happens then."""
 
+from pathlib import Path
 from typing import Any
 
 
@@ -12,6 +13,7 @@ def poison_gradient(config: Any, rank: int, step: int) -> dict[str, Any]:
     import torch.distributed as dist
 
     from megafuse.errors import MegafuseError
+    from megafuse.training import loop as training_loop
     from megafuse.training import run as training_run
     from megafuse.training.step import train_step
 
@@ -33,13 +35,13 @@ def poison_gradient(config: Any, rank: int, step: int) -> dict[str, Any]:
         seen["changed"] = not all(torch.equal(a, b) for a, b in zip(before, after))
         return result
 
-    original, training_run.train_step = training_run.train_step, poisoned
+    original, training_loop.train_step = training_loop.train_step, poisoned
     try:
         training_run.train(config)
     except MegafuseError as error:
         seen["error"] = f"{type(error).__name__}: {error}"
     finally:
-        training_run.train_step = original
+        training_loop.train_step = original
     return seen
 
 
@@ -53,3 +55,24 @@ def die(rank: int) -> None:
     if dist.get_rank() == rank:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
+
+
+def find_newest(roots: list[Path], stricts: list[bool]) -> list[dict[str, Any]]:
+    """In the joined world, for each folder of checkpoints: what `newest_trusted` found, its error, what it said."""
+    from megafuse.checkpoint.verify import newest_trusted
+    from megafuse.config.train import ParallelConfig
+    from megafuse.errors import IntegrityError
+    from megafuse.parallel.topology import layout
+
+    results = []
+    with layout(ParallelConfig()) as topology:
+        for root, strict in zip(roots, stricts):
+            said: list[str] = []
+            found, error = None, ""
+            try:
+                found = newest_trusted(root, topology, strict=strict, say=said.append)
+            except IntegrityError as caught:
+                error = str(caught)
+            results.append({"found": found and found.name, "error": error, "said": "\n".join(said)})
+            topology.barrier()
+    return results

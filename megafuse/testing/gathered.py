@@ -59,13 +59,14 @@ def train_and_look(jobs: Sequence[Job]) -> list[Seen] | None:
 def _train(job: Job) -> Seen:
     import torch.distributed as dist
 
+    from megafuse.training import loop
     from megafuse.training import run as training_run
 
     seen, last = Seen(), job.config.max_steps or 0
     if job.source is not None and dist.get_rank() == 0:
         branch(job.source, job.step, job.config.run_dir)
     dist.barrier()
-    original = training_run.train_step
+    original = loop.train_step
 
     def looking(engine: Any, topology: Any, loss: Any, rows: Any, **kwargs: Any) -> Any:
         mine = [int(g) for item in rows for g in item.row.groups]
@@ -75,11 +76,11 @@ def _train(job: Job) -> Seen:
             _look(engine, topology, seen)
         return original(engine, topology, loss, rows, **kwargs)
 
-    training_run.train_step = looking
+    loop.train_step = looking
     try:
         training_run.train(job.config)
     finally:
-        training_run.train_step = original
+        loop.train_step = original
     return seen
 
 

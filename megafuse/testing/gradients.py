@@ -20,7 +20,7 @@ from megafuse.losses.registry import make_loss
 from megafuse.parallel.topology import Topology
 from megafuse.reference.compute import score_groups
 from megafuse.testing.oracle import group_loss, hf_gradients, response_logps
-from megafuse.training import run
+from megafuse.training import loop
 from megafuse.training.optim import Engine
 from megafuse.training.step import RowInput, backward, reduce_metrics
 
@@ -107,7 +107,7 @@ def layout_gradients(
         own = [ref[offsets[g] : offsets[g + 1]] for g in row.groups]
         frozen = torch.from_numpy(np.concatenate([np.zeros(0), *own])).to(topology.device)
         rows.append(RowInput(local_row(row, topology.cp_rank, topology.cp_size).to(topology.device), frozen))
-    over = run.batch_denominator(loss, data, plan)
+    over = loop.batch_denominator(loss, data, plan)
     outputs = backward(engine, topology, loss, rows, lengths=lengths, denominator=over, progress=PROGRESS)
     return reduce_metrics(topology, outputs)["loss"][0], gathered_gradients(engine, topology)
 

@@ -14,7 +14,7 @@ from megafuse.doctor.parity import Cell, parity_in_processes
 from megafuse.kernels.logprob import segment_logprobs
 from megafuse.losses.registry import Loss
 from megafuse.model import attention
-from megafuse.training import run, step
+from megafuse.training import loop, step
 
 
 def _no_context_sum() -> tuple[Any, str, Any]:
@@ -28,7 +28,7 @@ def _local_denominator() -> tuple[Any, str, Any]:
     def groups_of_a_row(loss: Loss, data: Any, plan: rows.BatchPlan) -> float:
         return float(len(plan.rows[0][0]) or 1)
 
-    return run, "batch_denominator", groups_of_a_row
+    return loop, "batch_denominator", groups_of_a_row
 
 
 def _no_segment_mask() -> tuple[Any, str, Any]:

@@ -1,6 +1,6 @@
 """One optimizer step: rows through mcore's schedule, the loss over response sums, an update that all ranks agree on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +25,9 @@ class StepResult:
     loss: float
     grad_norm: float
     metrics: dict[str, float]
-    updated: bool  # False: loss or gradient was not finite, and no rank touched a parameter
+    updated: bool  # False: refused, and no rank touched a parameter
+    finite: bool = True  # loss and gradient norm, on every rank
+    stop: int = 0  # the strongest request to stop that any rank has had
 
 
 @dataclass(frozen=True)
@@ -70,23 +72,29 @@ def train_step(
     lengths: Sequence[int],
     denominator: float,
     progress: float,
+    refuse: Callable[[float], bool] = lambda grad_norm: False,
+    stop: Callable[[], int] = lambda: 0,
 ) -> StepResult:
     """One update from this rank's `rows`, of `lengths` places.
 
-    `denominator` is that of the GLOBAL batch, `progress` the share of the run behind us in [0, 1).
+    `denominator` is that of the GLOBAL batch, `progress` the share of the run behind us in [0, 1). An update that is
+    not finite, or that any rank's `refuse(grad_norm)` is true for, is made by no rank. `stop()` says how urgently this
+    rank is asked to stop; all ranks learn of the strongest request in the same all-reduce.
     """
     outputs = backward(engine, topology, loss, rows, lengths=lengths, denominator=denominator, progress=progress)
     sums = reduce_metrics(topology, outputs)
     engine.optimizer.prepare_grads()
     grad_norm = float(engine.optimizer.get_grad_norm())
     value = sums.pop("loss")[0]
-    finite = topology.all_agree(bool(torch.isfinite(torch.tensor([value, grad_norm])).all()))
-    if finite:
+    whole = bool(torch.isfinite(torch.tensor([value, grad_norm])).all())
+    votes = topology.least(float(whole), float(not refuse(grad_norm)), -float(stop()))
+    finite, wanted, stopping = votes[0] > 0, votes[1] > 0, -int(votes[2])
+    if finite and wanted:
         engine.clip(grad_norm)
         engine.optimizer.step_with_ready_grads()
         engine.scheduler.step(1)
     metrics = {name: total / weight if weight else 0.0 for name, (total, weight) in sums.items()}
-    return StepResult(value, grad_norm, metrics, finite)
+    return StepResult(value, grad_norm, metrics, finite and wanted, finite, stopping)
 
 
 def backward(

@@ -1,0 +1,93 @@
+"""The checkpoints of one run: found and verified at its start, loaded, written, pruned."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megafuse.checkpoint import folder as folders
+from megafuse.checkpoint.pickles import refuse_unknown_pickles
+from megafuse.checkpoint.space import checkpoint_bytes, refuse_full_disk
+from megafuse.checkpoint.state import load_model, load_run, model_state, run_state, save_state
+from megafuse.checkpoint.verify import hash_written, newest_trusted, verify
+from megafuse.config.train import TrainConfig
+from megafuse.errors import ConfigError
+from megafuse.parallel.topology import Topology
+from megafuse.training.optim import Engine
+
+
+@dataclass
+class Keeper:
+    """Every method is collective."""
+
+    config: TrainConfig
+    topology: Topology
+    data_digest: str
+    say: Callable[[str], None]
+    _trusted: set[Path] = field(default_factory=set)
+
+    @property
+    def root(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.config.run_dir / "checkpoints"
+
+    def newest(self) -> tuple[Path, int] | None:
+        """The newest checkpoint that can be trusted, and its step; see `verify.newest_trusted`."""
+        for leftover in self.topology.on_rank_zero(lambda: folders.remove_leftovers(self.root)):
+            self.say(f"removed {leftover}, which a killed save left behind")
+        found = newest_trusted(self.root, self.topology, strict=self.config.checkpoint.strict, say=self.say)
+        if found is None:
+            return None
+        return found, int(self.topology.on_rank_zero(lambda: folders.read_manifest(found))["step"])
+
+    def load_model(self, model: list[Any], folder: Path) -> None:
+        """Weights of any checkpoint folder, after it has been verified (once)."""
+        if folder not in self._trusted:
+            if self.topology.on_rank_zero(lambda: (folder / "manifest.json").is_file()):
+                verify(folder, self.topology)
+            else:  # megatron-core's own
+                self.topology.on_rank_zero(lambda: refuse_unknown_pickles(folder))
+            self._trusted.add(folder)
+        load_model(model, self.topology, folder)
+
+    def resume(self, engine: Engine, folder: Path) -> dict[str, Any]:
+        """Bring `engine` to the state of a verified checkpoint of this run; returns its manifest."""
+        manifest: dict[str, Any] = self.topology.on_rank_zero(lambda: folders.read_manifest(folder))
+        if not manifest["optimizer"]:
+            raise ConfigError(
+                f"{folder} holds no optimizer state (checkpoint.final_optimizer = false), so this run cannot be made "
+                f"longer; start a new run from it with model.path"
+            )
+        load_run(engine, self.topology, folder, same_layout=manifest["layout"] == self._layout())
+        self.say(f"resumed from {folder}")
+        return manifest
+
+    def preflight(self, engine: Engine, *, optimizer: bool = True) -> None:
+        """Raise StorageError where there is no room for a checkpoint."""
+        needed = checkpoint_bytes(model_state(engine.bare, self.topology), self.topology, optimizer=optimizer)
+        self.topology.on_rank_zero(lambda: refuse_full_disk(self.root, needed))
+
+    def save(self, engine: Engine, step: int, *, optimizer: bool, guard: list[float]) -> Path:
+        """Write the checkpoint of `step`; returns its folder. `guard` is the state of the spike guard."""
+        config, topology = self.config, self.topology
+        engine.sync_params()
+        self.preflight(engine, optimizer=optimizer)
+        folder = topology.on_rank_zero(lambda: folders.begin(self.root, step))
+        save_state(run_state(engine, topology, optimizer=optimizer, loading=False), folder)
+        topology.barrier()
+        hashes = hash_written(folder, topology)
+        facts = {
+            "step": step,
+            "optimizer": optimizer,
+            "layout": self._layout(),
+            "data_position": {"step": step, "seed": config.seed, "data": self.data_digest},
+            "guard": guard,
+        }
+        keep = config.checkpoint
+        return topology.on_rank_zero(
+            lambda: folders.commit(folder, config.model.path, facts, hashes, keep=keep.keep, keep_every=keep.keep_every)
+        )
+
+    def _layout(self) -> dict[str, Any]:
+        """What has to be equal for the state of the random generators to mean the same."""
+        return {**self.config.parallel.model_dump(), "world_size": self.topology.world_size}
