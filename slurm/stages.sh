@@ -74,12 +74,13 @@ check_config() {
 check_nodes() {
   echo "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" >"$RUN/.canary"
   local code=0
-  on_nodes check || code=$?
+  one_fails_all=0 on_nodes check || code=$? # each node has its say, and the code stays what it is
   [ "$code" = 0 ] || { say "a node was refused (see above)"; exit "$code"; }
 }
 
 on_nodes() {
-  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --wait=60 \
+  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none \
+    --kill-on-bad-exit="${one_fails_all:-1}" --wait=60 \
     "$MEGAFUSE_ROOT/slurm/node.sh" "$@"
 }
 
@@ -118,7 +119,7 @@ await() {
   return "$code"
 }
 
-# Slurm sends USR1 before the time limit (#SBATCH --signal). Training saves within a step; anything else is begun again.
+# Slurm sends USR1 before the time limit (sbatch --signal). Training saves within a step; anything else is begun again.
 on_usr1() {
   asked=AGAIN
   say "asked to stop (USR1)"

@@ -26,11 +26,17 @@ STUBS = {
     "scontrol": """
         case "$*" in
           "show hostnames node[7-8]") echo node7; echo node8 ;;
+          "requeue 123456") echo "requeue" >> "$LOG"; kill "$PPID"; sleep 1 ;;
           "-o show node node7") echo "NodeName=node7 Arch=x NodeAddr=10.1.2.3 NodeHostName=node7" ;;
           *) echo "unexpected: scontrol $*" >&2; exit 9 ;;
         esac""",
     "getent": 'exit "${GETENT_STATUS:-2}"',
-    "nvidia-smi": 'for ((i = 0; i < ${FAKE_GPUS:-8}; i++)); do echo "GPU $i: fake"; done',
+    "nvidia-smi": """
+        case "$1" in
+          -L) for ((i = 0; i < ${FAKE_GPUS:-8}; i++)); do echo "GPU $i: fake"; done ;;
+          --query-gpu=*) echo "${FAKE_ERRORS:-0}" ;;
+          --query-compute-apps=*) echo "${FAKE_APPS:-}" ;;
+        esac""",
     "torchrun": """
         echo "torchrun $*" >> "$LOG"
         echo "env SAFE=$PYTHONSAFEPATH EXPORT=${SLURM_EXPORT_ENV:-unset} OMP=$OMP_NUM_THREADS" >> "$LOG"
@@ -42,6 +48,7 @@ STUBS = {
           *) mkdir -p "$RUN"/train/checkpoints/step_{00000100,00000200,00000300.tmp} ;;
         esac""",
     "megafuse": """
+        case " $* " in *" --print_config "*) echo "$*" >> "$LOG.config"; exit "${BAD_CONFIG:-0}" ;; esac
         echo "megafuse $*" >> "$LOG"
         out=${!#}
         case "$1 $2" in
@@ -63,6 +70,8 @@ class Cluster:
             path.write_text(f"#!/usr/bin/env bash\nset -eu\n{body}\n")
             path.chmod(0o755)
         (folder / "data").mkdir()
+        (folder / "hf model").mkdir()
+        (folder / "hf model" / "config.json").touch()
         for name in ("a.jsonl.gz", "b.jsonl.gz"):
             (folder / "data" / name).touch()
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "OMP", "CUDA"))}
@@ -87,6 +96,7 @@ class Cluster:
         spool = self.folder / "spool_script"
         shutil.copy(ROOT / "slurm" / script, spool)
         self.log.write_text("")
+        (self.folder / "log.config").write_text("")
         done = subprocess.run(
             ["bash", str(spool), *args],
             env={**self.env, **env},
@@ -96,7 +106,8 @@ class Cluster:
             timeout=60,
             check=False,
         )
-        return done.returncode, self.log.read_text().splitlines(), done.stdout + done.stderr
+        lines = [line for line in self.log.read_text().splitlines() if not line.endswith("node.sh check")]
+        return done.returncode, lines, done.stdout + done.stderr
 
 
 @pytest.fixture
@@ -185,7 +196,7 @@ def test_submitted_again_it_does_only_what_is_missing(cluster: Cluster, script: 
 
 def test_the_exit_status_of_the_step_is_that_of_the_job(cluster: Cluster) -> None:
     status, lines, _ = cluster.submit("fusesft_llama8b.sh", FAIL="86")
-    assert status == 86
+    assert status == 86 and "requeue" not in lines
     assert not any("export" in line for line in lines)
 
 
@@ -197,17 +208,27 @@ def test_without_a_checkpoint_nothing_is_exported(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize(
-    ("env", "message"),
+    ("env", "code", "message"),
     [
-        ({"MODEL": ""}, "set MODEL to the Hugging Face folder"),
-        ({"DATA": ""}, "set DATA to the scored answers"),
-        ({"SLURM_SUBMIT_DIR": ""}, "submit this file with sbatch"),
-        ({"FAKE_GPUS": "7"}, "7 of 8 GPUs answer"),
+        ({"MODEL": ""}, 1, "set MODEL to the Hugging Face folder"),
+        ({"MODEL": "/nowhere"}, 2, "refused: MODEL /nowhere has no config.json"),
+        ({"DATA": ""}, 1, "set DATA to the scored answers"),
+        ({"DATA": "/nowhere/*.jsonl"}, 2, "refused: DATA /nowhere/*.jsonl is not there"),
+        ({"SLURM_SUBMIT_DIR": ""}, 1, "submit this file with sbatch"),
+        ({"TP": "3"}, 2, "TP 3 x PP 1 x CP 1 = 3 ranks do not divide the 16 GPUs of 2 nodes; set TP, PP or CP"),
+        ({"BAD_CONFIG": "2"}, 2, "refused: the arguments of megafuse train"),
+        ({"FAKE_GPUS": "7"}, 71, "7 of 8 GPUs answer"),
+        ({"FAKE_ERRORS": "4"}, 71, "1 GPUs have uncorrected memory errors"),
+        ({"FAKE_APPS": "4711"}, 71, "1 processes are on these GPUs already"),
     ],
 )
-def test_what_is_wrong_is_said(cluster: Cluster, env: dict[str, str], message: str) -> None:
-    status, _, output = cluster.submit("fusesft_llama8b.sh", **env)
-    assert status == 1 and message in output
+def test_what_is_wrong_is_said_before_anything_begins(
+    cluster: Cluster, env: dict[str, str], code: int, message: str
+) -> None:
+    status, lines, output = cluster.submit("fusesft_llama8b.sh", **env)
+    assert (status, lines) == (code, []) and message in output
+    if "FAKE_GPUS" in env or "FAKE_APPS" in env:
+        assert cluster.submit("fusesft_llama8b.sh", **{**env, "HEALTH": "off"})[0] == 0
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
