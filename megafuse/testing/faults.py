@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 
-def poison_gradient(config: Any, rank: int, step: int) -> dict[str, Any]:
-    """Train `config` in the joined world while rank `rank` finds a NaN gradient in optimizer step `step` (from 1).
+def poison_gradient(config: Any, rank: int, step: int, factor: float = float("nan")) -> dict[str, Any]:
+    """Train `config` in the joined world while rank `rank` finds a gradient times `factor` in the `step`-th update.
 
     Returns what this rank saw: `error` (text or None) and whether its parameters changed in that step.
     """
@@ -27,7 +27,7 @@ def poison_gradient(config: Any, rank: int, step: int) -> dict[str, Any]:
         hook = None
         if dist.get_rank() == rank:
             param = next(p for p in engine.bare[0].parameters() if p.requires_grad)
-            hook = param.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
+            hook = param.register_hook(lambda gradient: gradient * factor)
         result = train_step(engine, *args, **kwargs)
         if hook is not None:
             hook.remove()
@@ -76,3 +76,35 @@ def find_newest(roots: list[Path], stricts: list[bool]) -> list[dict[str, Any]]:
             results.append({"found": found and found.name, "error": error, "said": "\n".join(said)})
             topology.barrier()
     return results
+
+
+def flip_bit(config: Any, rank: int, step: int) -> str:
+    """Train `config` in the joined world; rank `rank` flips a bit of its final norm after update `step`.
+
+    Returns the error that this rank saw, or nothing. Step 0 flips none.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from megafuse.errors import MegafuseError
+    from megafuse.training import loop
+    from megafuse.training import run as training_run
+
+    original, count = loop.train_step, [0]
+
+    def flipping(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(engine, *args, **kwargs)
+        count[0] += 1
+        if count[0] == step and dist.get_rank() == rank:
+            param = next(p for n, p in engine.bare[0].named_parameters() if "final_layernorm" in n)
+            param.data.view(torch.int32)[0] ^= 1
+        return result
+
+    loop.train_step = flipping
+    try:
+        training_run.train(config)
+    except MegafuseError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        loop.train_step = original
+    return ""

@@ -14,7 +14,8 @@ def refuse_different_replicas(engine: Engine, topology: Topology, step: int) -> 
     """Compare a checksum of every parameter over the data-parallel (and context-parallel) ranks. Collective.
 
     The sum of a parameter's bits as integers: any single flip changes it. Experts that are spread over these ranks
-    (`parallel.expert` > 1) have no copies there and are left out.
+    (`parallel.expert` > 1) have no copies there and are left out. With the distributed optimizer each update gathers
+    the parameters anew from their owners: a flip in an owner's shard is then everywhere, and no comparison can see it.
 
     Raises:
         ReplicaError: on every rank; names the parameters, and the ranks that differ from most others.

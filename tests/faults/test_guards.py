@@ -1,0 +1,102 @@
+"""Updates that are refused, and copies of parameters that differ."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megafuse.checkpoint.folder import complete_steps
+from megafuse.config.train import GuardConfig, TrainConfig
+from megafuse.converters.importer import import_hf
+from megafuse.observe.manifest import read_json
+from megafuse.observe.metrics import read_metrics
+from megafuse.testing.distributed import run_distributed
+from megafuse.testing.faults import flip_bit, poison_gradient
+from megafuse.testing.tiny import write_tiny_dataset, write_tiny_llama
+from megafuse.training.guard import SpikeGuard
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("guards")
+    import_hf(write_tiny_llama(root / "hf", seed=5, layers=1), root / "model")
+    write_tiny_dataset(root / "sft", "sft", seed=6)
+    return root
+
+
+def config(inputs: Path, run: Path, **changes: Any) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {
+            "run_dir": run,
+            "model": {"path": inputs / "model", "precision": "fp32"},
+            "data": {"dataset": inputs / "sft", "max_row_tokens": 256},
+            "loss": {"name": "sft"},
+            "optim": {"lr": 1e-3},
+            "checkpoint": {"interval": 2, "keep": 9},
+            "observe": {"tensorboard": False},
+            "global_batch_size": 4,
+            "max_steps": 6,
+            **changes,
+        }
+    )
+
+
+def test_a_spike_is_far_above_the_median_of_a_full_window() -> None:
+    guard = SpikeGuard(GuardConfig(spike_factor=3.0, spike_window=4), [])
+    for norm in (1.0, 2.0, 50.0):
+        assert not guard.is_spike(1e9)  # the window is not full
+        guard.accept(norm)
+    guard.accept(2.0)
+    assert guard.is_spike(6.1) and not guard.is_spike(6.0)  # median 2
+    again = SpikeGuard(GuardConfig(spike_factor=3.0, spike_window=4), guard.state)
+    assert again.is_spike(6.1) and not again.is_spike(6.0)
+    off = SpikeGuard(GuardConfig(), [])
+    off.accept(1.0)
+    assert off.state == [] and not off.is_spike(1e9)
+
+
+def test_a_bad_step_rolls_back_and_comes_again_without_its_batch(inputs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (seen,) = run_distributed(poison_gradient, 1, config(inputs, run, on_nonfinite="rollback"), 0, 4)
+    assert seen["error"] is None
+    records = read_metrics(run)
+    assert [(r["step"], r["updated"]) for r in records] == [(s, s != 4) for s in range(1, 7)]
+    assert read_json(run / "left_out.json") == [4] and complete_steps(run / "checkpoints") == [2, 4, 6]
+    incident = read_json(run / "incidents" / "step_00000004.json")
+    assert incident["reason"] == "not finite" and sum(len(row) for row in incident["prompt_ids"][0]) == 4
+    # the same as skipping it: nothing had been updated
+    run_distributed(poison_gradient, 1, config(inputs, tmp_path / "skip", on_nonfinite="skip"), 0, 4)
+    skipped = read_metrics(tmp_path / "skip")
+    assert [r["loss"] for r in skipped if r["step"] != 4] == [r["loss"] for r in records if r["step"] != 4]
+
+
+def test_without_a_checkpoint_there_is_no_way_back(inputs: Path, tmp_path: Path) -> None:
+    settings = config(inputs, tmp_path / "run", on_nonfinite="rollback", checkpoint={"interval": 0})
+    (seen,) = run_distributed(poison_gradient, 1, settings, 0, 2)
+    assert "there is no checkpoint to roll back to" in seen["error"]
+
+
+def test_a_spike_is_skipped_with_its_prompts(inputs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    guard = {"spike_factor": 50.0, "spike_window": 2}
+    (seen,) = run_distributed(poison_gradient, 1, config(inputs, run, guard=guard), 0, 4, 1e6)
+    assert seen["error"] is None and seen["changed"] is False
+    assert [r["updated"] for r in read_metrics(run)] == [True, True, True, False, True, True]
+    assert read_json(run / "incidents" / "step_00000004.json")["reason"] == "spike"
+
+
+def test_a_flipped_bit_in_one_replica_is_found(inputs: Path, tmp_path: Path) -> None:
+    # the distributed optimizer's next gather would repair the copy, or spread it
+    changes: dict[str, Any] = {"guard": {"fingerprint_every": 2}, "optim": {"lr": 1e-3, "distributed": False}}
+    runs = {"bad": 3, "good": 0}
+    for settings, step in ((config(inputs, tmp_path / name, **changes), step) for name, step in runs.items()):
+        for seen in run_distributed(flip_bit, 2, settings, 1, step):
+            if step:
+                assert (
+                    seen.startswith("ReplicaError: step 4: copies of 1 parameters differ") and "final_layernorm" in seen
+                )
+            else:
+                assert seen == ""
+    assert complete_steps(tmp_path / "bad" / "checkpoints") == [2]
