@@ -36,23 +36,6 @@ check_inputs
 check_config "$PRESETS/fusepo_llama8b.toml" "$@"
 check_nodes
 
-if todo build "$RUN/dataset/manifest.json"; then
-  here megafuse build --inputs "${INPUTS[@]}" --output "$RUN/dataset" --tokenizer "$MODEL" \
-    --kind pair --alpha 5e-3 --max_length 2048 "${BUILD_ARGS[@]}"
-fi
-if todo import "$RUN/model/manifest.json"; then
-  here megafuse convert import "$MODEL" "$RUN/model"
-fi
-if todo reference "$RUN/hf/config.json" && ! grep -qs '"complete": true' "$RUN/reference/manifest.json"; then
-  every_node reference --out "$RUN/reference" --model.path "$RUN/model" \
-    --data.dataset "$RUN/dataset" --data.max_row_tokens 16384 "${LAYOUT[@]}"
-fi
-if todo train "$RUN/hf/config.json"; then
-  every_node train "$PRESETS/fusepo_llama8b.toml" --run_dir "$RUN/train" --model.path "$RUN/model" \
-    --data.dataset "$RUN/dataset" --reference.path "$RUN/reference" "${LAYOUT[@]}" "$@"
-fi
-if todo export "$RUN/hf/config.json"; then
-  newest=$(newest_checkpoint "$RUN/train") # apart: a failure inside an argument would go unseen
-  here megafuse convert export "$newest" "$RUN/hf"
-fi
-say "done: $RUN/hf"
+build_data --kind pair --alpha 5e-3
+reference
+train_and_export "$PRESETS/fusepo_llama8b.toml" --reference.path "$RUN/reference" "$@"

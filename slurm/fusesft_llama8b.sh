@@ -35,19 +35,5 @@ check_inputs
 check_config "$PRESETS/fusesft_llama8b.toml" "$@"
 check_nodes
 
-if todo build "$RUN/dataset/manifest.json"; then
-  here megafuse build --inputs "${INPUTS[@]}" --output "$RUN/dataset" --tokenizer "$MODEL" \
-    --kind sft --alpha 1e-2 --max_length 2048 "${BUILD_ARGS[@]}"
-fi
-if todo import "$RUN/model/manifest.json"; then
-  here megafuse convert import "$MODEL" "$RUN/model"
-fi
-if todo train "$RUN/hf/config.json"; then
-  every_node train "$PRESETS/fusesft_llama8b.toml" --run_dir "$RUN/train" --model.path "$RUN/model" \
-    --data.dataset "$RUN/dataset" "${LAYOUT[@]}" "$@"
-fi
-if todo export "$RUN/hf/config.json"; then
-  newest=$(newest_checkpoint "$RUN/train") # apart: a failure inside an argument would go unseen
-  here megafuse convert export "$newest" "$RUN/hf"
-fi
-say "done: $RUN/hf"
+build_data --kind sft --alpha 1e-2
+train_and_export "$PRESETS/fusesft_llama8b.toml" "$@"

@@ -40,6 +40,7 @@ getent hosts "$head" >/dev/null || head=$(scontrol -o show node "$head" | sed -n
 port=${PORT:-$((20000 + (SLURM_JOB_ID * 8 + restarts * 4 + stage) % 12000))}
 
 export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
+export MEGAFUSE_PLANNED_STOP=0 # a stop that was asked for is no failure; outcome.json says how it was
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # megatron-core: communication is queued in order
 # USR1 reaches every process of the step; torchrun would die of it, the ranks take it as "save and stop". TERM is passed

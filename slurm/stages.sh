@@ -143,17 +143,25 @@ trap on_term TERM
 # settle CODE: go on after a stage that is finished; otherwise end the job, or requeue it
 settle() {
   local code=$1 told
-  [ "$code" != 0 ] || [ -n "$asked" ] || return 0
   # torchrun and srun flatten exit codes; what the ranks wrote is the first cause
   told=$(sed -n 's/.*"code": \([0-9]*\),.*"job": "'"$SLURM_JOB_ID"'",.*/\1/p' "$RUN/train/outcome.json" 2>/dev/null ||
     true)
   code=${told:-$code}
-  [ "$asked" != END ] || code=143
+  [ "$code" != 0 ] || [ -n "$asked" ] || return 0
+  if [ "$asked" = END ]; then code=143; fi
   case $code in
-    2 | 3 | 4 | 71 | 72 | 86 | 87 | 143) say "ended with exit code $code"; exit "$code" ;;
-    0) again 85 ;;
-    *) again "$code" ;;
+    2 | 3 | 4 | 71 | 72 | 86 | 87) say "ended with exit code $code"; exit "$code" ;;
+    0) code=85 ;;
   esac
+  # 143 by itself says nothing: after a crash srun ends the other ranks with it. And a job that Slurm is ending (scancel,
+  # a dead node) must not be requeued from here: that would revive a cancelled one.
+  case $asked-$(scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p') in
+    END-* | *-CANCELLED | *-COMPLETING | *-NODE_FAIL | *-PREEMPTED)
+      say "ended by Slurm, exit code $code"
+      exit "$code"
+      ;;
+  esac
+  again "$code"
 }
 
 # again CODE: requeue this job, unless MAX_RESTARTS restarts have brought no new checkpoint
@@ -182,6 +190,46 @@ tell_progress() {
     text=$(sed -n 's/.*"step": \([0-9]*\), "total": \([0-9]*\).*/step \1 of \2/p' "$RUN/train/heartbeat.json")
     [ -z "$text" ] || scontrol update JobId="$SLURM_JOB_ID" Comment="$text"
   done
+}
+
+# enter FOLDER: work there from now on
+enter() {
+  RUN=$1
+  mkdir -p "$RUN"
+  check_nodes
+}
+
+# The stages of the recipes. build_data ARGUMENTS...: the data set from DATA
+build_data() {
+  if todo build "$RUN/dataset/manifest.json"; then
+    here megafuse build --inputs "${INPUTS[@]}" --output "$RUN/dataset" --tokenizer "$MODEL" --max_length 2048 "$@" \
+      "${BUILD_ARGS[@]}"
+  fi
+  if todo import "$RUN/model/manifest.json"; then
+    here megafuse convert import "$MODEL" "$RUN/model"
+  fi
+}
+
+# reference: its log-probs, once
+reference() {
+  if todo reference "$RUN/hf/config.json" && ! grep -qs '"complete": true' "$RUN/reference/manifest.json"; then
+    every_node reference --out "$RUN/reference" --model.path "$RUN/model" \
+      --data.dataset "$RUN/dataset" --data.max_row_tokens 16384 "${LAYOUT[@]}"
+  fi
+}
+
+# train_and_export PRESET ARGUMENTS...: training, and the model as a Hugging Face folder
+train_and_export() {
+  local newest
+  if todo train "$RUN/hf/config.json"; then
+    every_node train "$1" --run_dir "$RUN/train" --model.path "$RUN/model" --data.dataset "$RUN/dataset" \
+      "${LAYOUT[@]}" "${@:2}"
+  fi
+  if todo export "$RUN/hf/config.json"; then
+    newest=$(newest_checkpoint "$RUN/train") # apart: a failure inside an argument would go unseen
+    here megafuse convert export "$newest" "$RUN/hf"
+  fi
+  say "done: $RUN/hf"
 }
 
 # newest_checkpoint RUN_FOLDER: its last complete checkpoint; unfinished and damaged ones have another ending

@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 from megafuse.errors import IntegrityError
@@ -62,17 +63,17 @@ def commit(
     folder: Path,
     hf_source: Path,
     facts: dict[str, Any],
-    hashes: Mapping[str, str],
     *,
     keep: int,
     keep_every: int = 0,
+    hashes: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Finish a written `folder`: HF side files, manifest, fsync, rename, LATEST, pruning. One process only.
 
     hf_source: the checkpoint or Hugging Face folder that training started from; what is not weights there (config,
     tokenizer, shard layout) rides along as `hf/`, so that the new checkpoint can be exported by itself.
-    hashes: SHA-256 by file name of what the ranks wrote and put on disk; the rest is hashed here.
     keep, keep_every: see `prune`.
+    hashes: SHA-256 by file name of what the ranks wrote and put on disk; the rest is hashed here.
     Returns the final folder.
     """
     if (hf_source / "hf").is_dir():

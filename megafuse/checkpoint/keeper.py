@@ -41,11 +41,11 @@ class Keeper:
         return found, int(self.topology.on_rank_zero(lambda: folders.read_manifest(found))["step"])
 
     def load_model(self, model: list[Any], folder: Path) -> None:
-        """Weights of any checkpoint folder, after it has been verified (once)."""
+        """Weights of a Hugging Face folder, or of a checkpoint after it has been verified (once)."""
         if folder not in self._trusted:
             if self.topology.on_rank_zero(lambda: (folder / "manifest.json").is_file()):
                 verify(folder, self.topology)
-            else:  # megatron-core's own
+            elif self.topology.on_rank_zero(lambda: (folder / ".metadata").is_file()):  # megatron-core's own
                 self.topology.on_rank_zero(lambda: refuse_unknown_pickles(folder))
             self._trusted.add(folder)
         load_model(model, self.topology, folder)
@@ -85,7 +85,9 @@ class Keeper:
         }
         keep = config.checkpoint
         return topology.on_rank_zero(
-            lambda: folders.commit(folder, config.model.path, facts, hashes, keep=keep.keep, keep_every=keep.keep_every)
+            lambda: folders.commit(
+                folder, config.model.path, facts, keep=keep.keep, keep_every=keep.keep_every, hashes=hashes
+            )
         )
 
     def _layout(self) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """`megafuse train`: one training run, alone, under torchrun, or as a Slurm step."""
 
+import os
+import sys
+
 from megafuse.config.train import TrainConfig
-from megafuse.errors import MegafuseError
+from megafuse.errors import MegafuseError, PreemptedError, TerminatedError
 
 DESCRIPTION = """Train the target model on a data set of prompt groups.
 
@@ -23,5 +26,11 @@ def run(config: TrainConfig) -> int:
         except MegafuseError as error:
             if config.run_dir.is_dir():
                 write_outcome(config.run_dir, error.exit_code, str(error))
+            planned = isinstance(error, PreemptedError | TerminatedError)
+            if planned and os.environ.get("MEGAFUSE_PLANNED_STOP") == "0":
+                # slurm/node.sh reads the outcome; any other code and torchrun reports a crash, page by page
+                if os.environ.get("RANK", "0") == "0":
+                    print(error, file=sys.stderr, flush=True)
+                return 0
             raise
     return 0

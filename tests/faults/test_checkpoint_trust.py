@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def save(root: Path, step: int, model: Path, **changes: Any) -> Path:
     folder = folders.begin(root, step)
     (folder / "weights.bin").write_bytes(bytes([step]) * 1000)
-    return folders.commit(folder, model, {"step": step}, {}, **{"keep": 2, **changes})
+    return folders.commit(folder, model, {"step": step}, **{"keep": 2, **changes})
 
 
 KILLED_IN = ["shutil.copytree", "file_sha256", "write_json_atomic", "sync_path", "os.rename", "atomic_file",

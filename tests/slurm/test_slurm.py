@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
-ARGS = ["--global_batch_size", "8", "--epochs", "9", "--max_steps", str(STEPS), "--checkpoint.interval", "20",
+ARGS = ["--global_batch_size", "8", "--epochs", "9", "--max_steps", str(STEPS), "--checkpoint.interval", "10",
         "--observe.no_tensorboard", "--guard.hang_seconds", os.environ.get("SLURM_TEST_HANG", "12")]  # fmt: skip
 PATIENCE = float(os.environ.get("SLURM_TEST_PATIENCE", "240"))
 REPORT = os.environ.get("SLURM_TEST_REPORT")  # a file for measured times
@@ -187,7 +187,8 @@ def test_before_the_time_limit_it_saves_within_a_step(battered: Battered) -> Non
 
 
 def test_a_crashed_rank_ends_the_start_and_the_job_is_requeued(battered: Battered) -> None:
-    assert len(re.findall(r"exit code \d+; requeue", output(battered.run))) == 3  # Slurm itself requeues for a node
+    codes = re.findall(r"exit code (\d+); requeue", output(battered.run))
+    assert (codes[0], codes[2]) == ("85", "75") and codes[1] not in ("0", "2", "75", "85")
 
 
 def test_a_hung_rank_is_named_with_the_stacks_of_the_others(battered: Battered) -> None:

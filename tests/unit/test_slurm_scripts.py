@@ -26,7 +26,8 @@ STUBS = {
     "scontrol": """
         case "$*" in
           "show hostnames node[7-8]") echo node7; echo node8 ;;
-          "requeue 123456") echo "requeue" >> "$LOG"; kill "$PPID"; sleep 1 ;;
+          "-o show job 123456") echo "JobId=123456 JobState=${JOB_STATE:-RUNNING} Reason=None" ;;
+          "requeue 123456") echo "requeue" >> "$LOG"; kill -KILL "$PPID" ;;
           "-o show node node7") echo "NodeName=node7 Arch=x NodeAddr=10.1.2.3 NodeHostName=node7" ;;
           *) echo "unexpected: scontrol $*" >&2; exit 9 ;;
         esac""",
@@ -168,6 +169,31 @@ def test_fusepo(cluster: Cluster) -> None:
     assert ports[0] != ports[1] and all(20000 <= port < 32768 for port in ports)
 
 
+@pytest.mark.parametrize(
+    ("target", "numbers"),
+    [
+        ("llama8b", (5e-6, 8e-7, "ln_dpo", 10.0)),
+        ("qwen7b", (2e-6, 3e-7, "dpo", 0.01)),
+        ("gemma9b", (2e-6, 5e-7, "dpo", 0.01)),
+        ("llama3b", (5e-6, 1e-6, "ln_dpo", 10.0)),
+        ("llama1b", (5e-6, 1e-6, "ln_dpo", 10.0)),
+    ],
+)
+def test_fusechat3(cluster: Cluster, target: str, numbers: tuple[float, float, str, float]) -> None:
+    status, lines, output = cluster.submit(f"fusechat3_{target}.sh")
+    assert status == 0, output
+    run = cluster.folder / "run"
+    builds = [words(line, "megafuse build") for line in lines if line.startswith("megafuse build")]
+    sft, pairs = (parse(BUILD_CONFIG, line, prog="", description="") for line in builds)
+    assert (sft.kind, sft.selection, sft.output) == ("sft", "single_best", run / "sft" / "dataset")
+    assert (pairs.kind, pairs.min_gap, pairs.max_gap, pairs.tokenizer) == ("pair", 0.01, 0.1, run / "sft" / "hf")
+    starts = [line for line in lines if line.startswith("torchrun ")][::2]
+    first, second = (parse(TRAIN_CONFIG, words(starts[i], "megafuse train"), prog="", description="") for i in (0, 2))
+    assert (first.optim.lr, second.optim.lr, second.loss.name, second.loss.beta) == numbers
+    assert (first.loss.name, first.epochs, second.epochs) == ("sft", 3, 1)
+    assert second.model.path == run / "po" / "model" and lines[-1].endswith(f" {run}/po/hf")
+
+
 def test_bench(cluster: Cluster) -> None:
     data = str(cluster.folder / "data" / "a.jsonl.gz")
     status, lines, output = cluster.submit(
@@ -198,6 +224,18 @@ def test_the_exit_status_of_the_step_is_that_of_the_job(cluster: Cluster) -> Non
     status, lines, _ = cluster.submit("fusesft_llama8b.sh", FAIL="86")
     assert status == 86 and "requeue" not in lines
     assert not any("export" in line for line in lines)
+
+
+@pytest.mark.parametrize(("code", "state"), [("85", "RUNNING"), ("1", "RUNNING"), ("143", "CANCELLED")])
+def test_a_stopped_or_crashed_step_is_requeued_and_a_cancelled_job_never(
+    cluster: Cluster, code: str, state: str
+) -> None:
+    for tries in (1, 2, 3, 4):
+        status, lines, output = cluster.submit("fusesft_llama8b.sh", FAIL=code, JOB_STATE=state)
+        again = state == "RUNNING" and tries < 4
+        assert ("requeue" in lines) == again, output
+        assert (f"requeue, try {tries} of 3 from" in output) == again
+    assert status == int(code) and ("3 restarts brought no new checkpoint" in output) == (state == "RUNNING")
 
 
 def test_without_a_checkpoint_nothing_is_exported(cluster: Cluster) -> None:
