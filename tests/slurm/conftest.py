@@ -3,7 +3,6 @@
 import gzip
 import json
 import random
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,10 +76,3 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.write_text(f"#!/bin/sh\n{body}\n")
         path.chmod(0o755)
     return folder
-
-
-def prepared(run: Path, like: Path) -> Path:
-    """A run folder whose data set, model and reference are those of the finished run `like`."""
-    for name in ("dataset", "model", "reference"):
-        shutil.copytree(like / name, run / name)
-    return run
