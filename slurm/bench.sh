@@ -24,6 +24,7 @@ set -euo pipefail
 # not $0: Slurm runs a copy of this file from its spool folder
 export MEGAFUSE_ROOT=${MEGAFUSE_ROOT:-${SLURM_SUBMIT_DIR:?submit this file with sbatch}}
 export MODEL=${MODEL:-llama-3.1-8b}
+MAX_RESTARTS=0 # a benchmark that fails is not begun again
 # shellcheck source=slurm/stages.sh
 source "$MEGAFUSE_ROOT/slurm/stages.sh"
 layout "${TP:-2}" "${PP:-1}"

@@ -86,6 +86,7 @@ on_nodes() {
 
 # every_node COMMAND...: `megafuse COMMAND...` on all GPUs of all nodes
 every_node() {
+  [ -z "$asked" ] || settle 0
   STAGE=$((STAGE + 1))
   rm -f "$RUN/train/stop" "$RUN/train/outcome.json"
   [ "$1" != train ] || graceful=yes
@@ -101,6 +102,7 @@ every_node() {
 # here COMMAND...: a command on this node, which a signal may interrupt
 here() {
   local code=0
+  [ -z "$asked" ] || settle 0
   "$@" &
   await $! || code=$?
   settle "$code"
@@ -173,7 +175,7 @@ again() {
   fi
   echo "$SLURM_JOB_ID $progress $tries" >"$RUN/restarts"
   if [ "$tries" -gt "$MAX_RESTARTS" ]; then
-    say "$MAX_RESTARTS restarts brought no new checkpoint (stage and checkpoint: $progress); exit code $1"
+    say "exit code $1; $MAX_RESTARTS restarts brought no new checkpoint (stage and checkpoint: $progress)"
     exit "$1"
   fi
   say "exit code $1; requeue, try $tries of $MAX_RESTARTS from $progress"

@@ -93,6 +93,8 @@ def commit(
     for path in [*_files(folder), folder / "hf", folder]:
         sync_path(path)
     final = folder.with_suffix("")
+    if final.exists():  # without a manifest, or it would have been found
+        set_aside(final)
     os.rename(folder, final)
     sync_path(final.parent)
     with atomic_file(final.parent / LATEST) as file:

@@ -145,6 +145,8 @@ class Watchdog:
         if self._rank == min(_reports(self._folder), default=self._rank):
             print(f"error: {verdict(self._folder, self._world, waited)}", file=sys.stderr, flush=True)
             write_outcome(self._run_dir, EXIT_HANG, f"hang in step {step}")
+        if self._lock is not None:
+            self._lock.release()
         sys.stdout.flush()
         self._over.wait(0.5)  # let the message through before the launcher kills its writer
         os._exit(EXIT_HANG)

@@ -82,6 +82,15 @@ def test_a_killed_save_leaves_the_last_complete_checkpoint(
     assert (root / folders.LATEST).read_text() == "step_00000004\n"
 
 
+def test_a_folder_that_lost_its_manifest_is_not_in_the_way(model: Path, tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, model)
+    (tmp_path / folders.step_name(2) / "manifest.json").unlink()
+    assert folders.complete_steps(tmp_path) == [1]
+    save(tmp_path, 2, model)
+    assert folders.complete_steps(tmp_path) == [1, 2] and (tmp_path / "step_00000002.damaged").is_dir()
+
+
 def test_pruning_keeps_the_newest_and_the_multiples(model: Path, tmp_path: Path) -> None:
     for step in range(1, 8):
         save(tmp_path, step, model, keep=2, keep_every=3)
