@@ -94,6 +94,15 @@ class DataConfig(Config):
     prefix_sharing: bool = True
     """Compute a prompt once for all of its responses (exact). Off: every response carries its own copy."""
 
+    @model_validator(mode="after")
+    def _groups_fill_rows(self) -> "DataConfig":
+        if self.max_group_tokens is not None and self.max_group_tokens < self.max_row_tokens:
+            raise ValueError(
+                f"data.max_group_tokens = {self.max_group_tokens} is below data.max_row_tokens = "
+                f"{self.max_row_tokens}; lower max_row_tokens too, or leave max_group_tokens unset"
+            )
+        return self
+
 
 class OptimConfig(Config):
     """AdamW and its schedule."""

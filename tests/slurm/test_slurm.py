@@ -153,8 +153,11 @@ def battered(
     def hang() -> None:
         rank_of(cluster, cluster.nodes_of(job)[1]).send_signal(signal.SIGSTOP)
 
+    killed: list[str] = []
+
     def node() -> None:
-        cluster.kill_node(cluster.nodes_of(job)[1])
+        killed.append(cluster.nodes_of(job)[1])
+        cluster.kill_node(killed[0])
 
     step = 2
     for start, fault in enumerate((usr1, crash, hang, node)):
@@ -168,6 +171,7 @@ def battered(
         submit.times[f"{fault.__name__}_training_again"] = time.monotonic() - begun
         step = heart(run)["step"] + 2
     finished(cluster, job, run)
+    cluster.start_node(killed[0])
     seen.restarts = cluster.field(job, "Restarts")
     return seen
 
@@ -207,7 +211,7 @@ def test_scancel_saves_and_is_final(cluster: SlurmCluster, submit: Submitter, wh
     step = wait_step(cluster, run, f"{job}.0", 2)
     cluster.cancel(job)
     finished(cluster, job, run, "CANCELLED")
-    cluster.wait(lambda: cluster._all_idle(), PATIENCE, "nodes free")
+    time.sleep(5)  # a requeue from the script would follow within seconds
     assert cluster.field(job, "JobState") == "CANCELLED" and cluster.field(job, "Restarts") == "0"
     (saved,) = complete_steps(run / "train" / "checkpoints")
     assert step <= saved <= step + 8 and json.loads((run / "train" / "outcome.json").read_text())["code"] == 143
