@@ -163,6 +163,7 @@ settle() {
       exit "$code"
       ;;
   esac
+  [ "$code" != 143 ] || code=1 # the crash's own code is lost
   again "$code"
 }
 

@@ -232,7 +232,7 @@ def test_restarts_that_bring_nothing_come_to_an_end(
     job = submit("fusepo_llama8b.sh", run, first=stand_ins, MAX_RESTARTS="2", HEALTH="off")
     finished(cluster, job, run, "FAILED")
     told = output(run)
-    assert cluster.field(job, "Restarts") == "2" and cluster.field(job, "ExitCode") == "9:0"
+    assert cluster.field(job, "Restarts") == "2" and cluster.field(job, "ExitCode") in ("9:0", "1:0")
     assert "try 2 of 2" in told and "2 restarts brought no new checkpoint" in told
 
 
