@@ -4,12 +4,14 @@
 #   make test                    lint, types, every test
 #
 # Both first make .venv from constraints.txt, the tested versions (PYTHON=... picks the interpreter, 3.10 or newer).
-# Also: make venv, make lint, make clean; on a CUDA machine make gpu-check (WHEELS=folder where there is no network) and
-# make gpu-bench (DATA=scored.jsonl.gz).
+# Also: make venv, make lint, make clean; make te-check, Transformer Engine's layers without a GPU (nvcc, 8 GB, ten
+# minutes); on a CUDA machine make gpu-check (WHEELS=folder where there is no network) and make gpu-bench
+# (DATA=scored.jsonl.gz).
 
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
+TE_VENV ?= .venv-te
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -20,7 +22,7 @@ TOOLS := pytest pytest-timeout pytest-xdist hypothesis ruff mypy pybind11 gguf a
 export PYTHONSAFEPATH := 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test lint venv gpu-check gpu-bench clean
+.PHONY: quickstart test lint venv te-check gpu-check gpu-bench clean
 
 quickstart: $(STAMP)
 	OMP_NUM_THREADS=$${QUICKSTART_THREADS:-2} $(BIN)/python examples/quickstart/run.py $(if $(DATA),--data $(DATA))
@@ -43,6 +45,13 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*)
 	$(PIP) install --quiet --constraint constraints.txt --editable . $(TOOLS)
 	touch $@
 
+te-check: $(TE_VENV)/.installed
+	$(TE_VENV)/bin/python -m pytest tests/te
+
+$(TE_VENV)/.installed: scripts/te_env.sh
+	PYTHON=$(PYTHON) bash scripts/te_env.sh $(TE_VENV)
+	touch $@
+
 gpu-check:
 	PYTHON=$(PYTHON) WHEELS=$(WHEELS) bash scripts/gpu_check.sh
 
@@ -50,5 +59,5 @@ gpu-bench:
 	PYTHON=$(PYTHON) DATA=$(DATA) bash scripts/gpu_bench.sh
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis kernels/*.so
+	rm -rf $(VENV) $(TE_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

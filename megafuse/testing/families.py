@@ -6,26 +6,16 @@ cap, windows are shorter than the rows, scales differ from their defaults.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-from megafuse.testing.tiny import decide_routing, randomise, write_tiny_llama, write_tiny_qwen3, write_tiny_qwen3_moe
+from megafuse.testing.tiny import (
+    tiny_settings,
+    write_tiny_llama,
+    write_tiny_model,
+    write_tiny_qwen3,
+    write_tiny_qwen3_moe,
+)
 
 WINDOW = 8
-
-
-def _settings(layers: int, hidden: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> dict[str, Any]:
-    return {
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "tie_word_embeddings": tied,
-    }
 
 
 def write_tiny_qwen2(
@@ -42,8 +32,8 @@ def write_tiny_qwen2(
     """Qwen 2.5: with a bias on queries, keys and values."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config(**_settings(layers, hidden, heads, kv_heads, vocab, tied))
-    return _write(Qwen2ForCausalLM(config), folder, seed)
+    config = Qwen2Config(**tiny_settings(layers, hidden, heads, kv_heads, vocab, tied))
+    return write_tiny_model(Qwen2ForCausalLM(config), folder, seed)
 
 
 def write_tiny_mistral(
@@ -61,8 +51,8 @@ def write_tiny_mistral(
     """Mistral, with a window in every layer or none."""
     from transformers import MistralConfig, MistralForCausalLM
 
-    config = MistralConfig(**_settings(layers, hidden, heads, kv_heads, vocab, tied), sliding_window=window)
-    return _write(MistralForCausalLM(config), folder, seed)
+    config = MistralConfig(**tiny_settings(layers, hidden, heads, kv_heads, vocab, tied), sliding_window=window)
+    return write_tiny_model(MistralForCausalLM(config), folder, seed)
 
 
 def write_tiny_mixtral(
@@ -80,21 +70,15 @@ def write_tiny_mixtral(
     experts_per_token: int = 2,
 ) -> Path:
     """Mixtral: experts of width 2 * hidden under their names on disk, chosen as in `decide_routing`."""
-    import torch
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
-        **_settings(layers, hidden, heads, kv_heads, vocab, tied),
+        **tiny_settings(layers, hidden, heads, kv_heads, vocab, tied),
         sliding_window=window,
         num_local_experts=experts,
         num_experts_per_tok=experts_per_token,
     )
-    generator = torch.Generator().manual_seed(seed)
-    model = MixtralForCausalLM(config).float()
-    randomise(model, generator)
-    decide_routing(model, generator, tied=tied)
-    model.save_pretrained(folder)
-    return folder
+    return write_tiny_model(MixtralForCausalLM(config), folder, seed, sparse=True)
 
 
 def write_tiny_gemma2(
@@ -116,14 +100,14 @@ def write_tiny_gemma2(
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     config = Gemma2Config(
-        **_settings(layers, hidden, heads, kv_heads, vocab, tied),
+        **tiny_settings(layers, hidden, heads, kv_heads, vocab, tied),
         head_dim=head_dim,
         sliding_window=window,
         attn_logit_softcapping=attention_softcap,
         final_logit_softcapping=final_softcap,
         query_pre_attn_scalar=5,
     )
-    return _write(Gemma2ForCausalLM(config), folder, seed, centre=0.0)
+    return write_tiny_model(Gemma2ForCausalLM(config), folder, seed, centre=0.0)
 
 
 def publish(folder: Path, *, dtype: str = "bfloat16", shards: int = 1) -> Path:
@@ -147,15 +131,6 @@ def publish(folder: Path, *, dtype: str = "bfloat16", shards: int = 1) -> Path:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config = json.loads((folder / "config.json").read_text()) | {"dtype": dtype}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    return folder
-
-
-def _write(model: Any, folder: Path, seed: int, *, centre: float = 1.0) -> Path:
-    import torch
-
-    model = model.float()
-    randomise(model, torch.Generator().manual_seed(seed), centre=centre)
-    model.save_pretrained(folder)
     return folder
 
 

@@ -38,6 +38,7 @@ def main() -> int:
         print("no CUDA device: gpu_check has nothing to check", file=sys.stderr)
         return 1
     torch.backends.cuda.matmul.allow_tf32 = False
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # Transformer Engine asks cuBLAS for TF32 by itself
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         lab = Lab(Path(folder), int.from_bytes(os.urandom(4), "little")).prepare()

@@ -26,7 +26,6 @@ def write_tiny_llama(
 
     The scaling's `original_max_position_embeddings` is 64, so that short rows already cross its knee.
     """
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     rope = {
@@ -37,21 +36,35 @@ def write_tiny_llama(
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     }
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=512,
-        rms_norm_eps=1e-5,
-        rope_parameters=rope,
-        tie_word_embeddings=tied,
-        attention_bias=False,
-    )
-    model = LlamaForCausalLM(config).float()
-    randomise(model, torch.Generator().manual_seed(seed))
+    settings = tiny_settings(layers, hidden, heads, kv_heads, vocab, tied)
+    config = LlamaConfig(**settings | {"rms_norm_eps": 1e-5, "rope_parameters": rope})
+    return write_tiny_model(LlamaForCausalLM(config), folder, seed)
+
+
+def tiny_settings(layers: int, hidden: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> dict[str, Any]:
+    """What the configurations of the families share; MLPs are twice as wide as the model."""
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": tied,
+    }
+
+
+def write_tiny_model(model: Any, folder: Path, seed: int, *, centre: float = 1.0, sparse: bool = False) -> Path:
+    """Save transformers' `model` in `folder` with random fp32 weights: `randomise`, if `sparse` `decide_routing`."""
+    import torch
+
+    model, generator = model.float(), torch.Generator().manual_seed(seed)
+    randomise(model, generator, centre=centre)
+    if sparse:
+        decide_routing(model, generator, tied=model.config.tie_word_embeddings)
     model.save_pretrained(folder)
     return folder
 
@@ -96,24 +109,6 @@ def decide_routing(model: Any, generator: Any, *, tied: bool) -> None:
             router[torch.arange(experts), order] += 2.0
 
 
-def _qwen3_settings(
-    layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int, vocab: int, tied: bool
-) -> dict[str, Any]:
-    return {
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "tie_word_embeddings": tied,
-    }
-
-
 def write_tiny_qwen3(
     folder: Path,
     *,
@@ -130,14 +125,10 @@ def write_tiny_qwen3(
 
     Conditioned as `write_tiny_llama`.
     """
-    import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    config = Qwen3Config(**_qwen3_settings(layers, hidden, heads, kv_heads, head_dim, vocab, tied))
-    model = Qwen3ForCausalLM(config).float()
-    randomise(model, torch.Generator().manual_seed(seed))
-    model.save_pretrained(folder)
-    return folder
+    config = Qwen3Config(**tiny_settings(layers, hidden, heads, kv_heads, vocab, tied), head_dim=head_dim)
+    return write_tiny_model(Qwen3ForCausalLM(config), folder, seed)
 
 
 def write_tiny_qwen3_moe(
@@ -160,22 +151,17 @@ def write_tiny_qwen3_moe(
 
     Conditioned as `write_tiny_llama`, and the choice of experts does not depend on rounding: `decide_routing`.
     """
-    import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     config = Qwen3MoeConfig(
-        **_qwen3_settings(layers, hidden, heads, kv_heads, head_dim, vocab, tied),
+        **tiny_settings(layers, hidden, heads, kv_heads, vocab, tied),
+        head_dim=head_dim,
         num_experts=experts,
         num_experts_per_tok=experts_per_token,
         moe_intermediate_size=expert_width,
         norm_topk_prob=norm_topk_prob,
     )
-    generator = torch.Generator().manual_seed(seed)
-    model = Qwen3MoeForCausalLM(config).float()
-    randomise(model, generator)
-    decide_routing(model, generator, tied=tied)
-    model.save_pretrained(folder)
-    return folder
+    return write_tiny_model(Qwen3MoeForCausalLM(config), folder, seed, sparse=True)
 
 
 def write_tiny_dataset(
