@@ -108,3 +108,106 @@ def flip_bit(config: Any, rank: int, step: int) -> str:
     finally:
         loop.train_step = original
     return ""
+
+
+def break_saves(config: Any, rank: int, saves: tuple[int, ...], how: str) -> dict[str, Any]:
+    """Train `config` in the joined world; rank `rank` fails to write the checkpoints with these numbers, from 1.
+
+    how: `limit` (no file above 1000 bytes: EFBIG, as EDQUOT would come), `raise`, `exit` (the writer's process ends
+    without a word, and the other ranks' writers take a minute), `kill` and `kill early` (SIGKILL of whoever writes,
+    inside a file or before its first byte), `kill late` (of the rank, after its last byte, before the commit), `orphan`
+    (of the rank, while its background writer is inside a file). Steps wait for a background writer of this rank.
+
+    Returns `error` (text or empty), and what was `said`, each with the number of steps done by then.
+    """
+    import os
+    import resource
+    import time
+    from multiprocessing.connection import wait
+
+    import torch.distributed as dist
+
+    from megafuse.checkpoint import saver, writer
+    from megafuse.errors import MegafuseError
+    from megafuse.training import run as training_run
+
+    count, said, main = [0], list[tuple[int, str]](), os.getpid()
+    originals = (saver.plan_save, writer._write_file, saver.Saver.poll, training_run._Run._say, saver.Saver._commit)
+    mine = dist.get_rank() == rank
+
+    def now() -> bool:
+        return mine and count[0] in saves
+
+    def plan_save(*args: Any) -> Any:
+        count[0] += 1
+        return originals[0](*args)
+
+    def write_file(transforms: Any, number: int, bucket: Any) -> Any:
+        if how == "exit" and count[0] in saves:
+            if mine:
+                os._exit(17)
+            time.sleep(60)
+        if not now():
+            return originals[1](transforms, number, bucket)
+        if how == "limit":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        if how == "raise":
+            return OSError("injected")
+        if how == "kill early":
+            os.kill(os.getpid(), 9)
+        if how in ("kill", "orphan"):
+            Path(bucket[0]).write_bytes(b"half a file")
+            if how == "kill":
+                os.kill(os.getpid(), 9)
+            time.sleep(60)
+        try:
+            return originals[1](transforms, number, bucket)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+    def poll(self: Any) -> None:
+        if self._flight is not None and (mine or how != "exit"):
+            if how == "orphan" and now():
+                while not list(self._flight.plan.folder.glob("*.distcp")):
+                    time.sleep(0.01)
+                os.kill(main, 9)
+            wait([self._flight.writer._process.sentinel, self._flight.writer._pipe])
+        originals[2](self)
+
+    def say(self: Any, text: str) -> None:
+        metrics = config.run_dir / "metrics.jsonl"
+        said.append((metrics.read_bytes().count(b"\n") if metrics.is_file() else 0, text))
+
+    def commit(self: Any, flight: Any) -> None:
+        if how == "kill late" and now():
+            if flight.writer is not None:
+                flight.writer.wait()
+            else:
+                writer.write_files(flight.plan, flight.plan.staged())
+            os.kill(main, 9)
+        originals[4](self, flight)
+
+    saver.plan_save, writer._write_file, saver.Saver.poll = plan_save, write_file, poll  # type: ignore[method-assign]
+    training_run._Run._say, saver.Saver._commit = say, commit  # type: ignore[method-assign]
+    error = ""
+    try:
+        training_run.train(config)
+    except MegafuseError as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    finally:
+        saver.plan_save, writer._write_file, saver.Saver.poll = originals[:3]  # type: ignore[method-assign]
+        training_run._Run._say, saver.Saver._commit = originals[3:]  # type: ignore[method-assign]
+    return {"error": error, "said": said}
+
+
+def break_saves_in_turn(cases: list[tuple[Any, int, tuple[int, ...], str]]) -> list[dict[str, Any]]:
+    """`break_saves` for each of several runs: one start of the processes for all."""
+    return [break_saves(*case) for case in cases]
+
+
+def break_saves_alone(config: Any, how: str) -> None:
+    """`break_saves` of the second checkpoint in a world of one."""
+    from megafuse.parallel.topology import process_groups
+
+    with process_groups():
+        break_saves(config, 0, (2,), how)
