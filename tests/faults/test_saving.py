@@ -16,7 +16,7 @@ from megafuse.converters.importer import import_hf
 from megafuse.errors import StorageError
 from megafuse.observe.metrics import read_metrics
 from megafuse.testing.distributed import run_distributed
-from megafuse.testing.faults import break_saves_alone, break_saves_in_turn
+from megafuse.testing.save_faults import break_saves_alone, break_saves_in_turn
 from megafuse.testing.tiny import write_tiny_dataset, write_tiny_llama
 from megafuse.training.run import train
 
@@ -122,7 +122,7 @@ KILLS = [("kill early", False), ("kill", False), ("kill late", False), ("kill", 
 
 def test_a_kill_inside_a_save_of_either_kind(inputs: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")  # one import for all kills
-    context.set_forkserver_preload(["megafuse.training.run", "megafuse.checkpoint.saver"])
+    context.set_forkserver_preload(["megafuse.testing.save_faults"])
     whole = config(inputs, tmp_path / "whole")
     train(whole)
     for how, background in KILLS:
