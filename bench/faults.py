@@ -28,7 +28,7 @@ from megafuse.converters.importer import import_hf
 from megafuse.observe.manifest import utc_now, versions, write_json_atomic
 from megafuse.testing.tiny import write_tiny_dataset, write_tiny_llama
 
-HANG_SECONDS = 10.0
+HANG_SECONDS = 20.0
 
 
 def make_run(root: Path) -> TrainConfig:
