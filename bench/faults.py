@@ -2,7 +2,8 @@
 
 One run of two ranks under torchrun, a model of one small layer on CPU, is broken in turn; every start goes on from the
 checkpoint before. `detected` is from the fault to the end of the last process, `again` from the new start to the first
-new line of metrics.jsonl: nearly all of it Python's imports here, and model loading where models are large.
+new line of metrics.jsonl: nearly all of it Python's imports here, and model loading where models are large. `code` is
+torchrun's, which turns every exit code of a rank into 1; RUN/outcome.json keeps the rank's.
 
     PYTHONPATH=. python bench/faults.py [OUT.json]      (default bench/results/faults.json)
 """
@@ -133,13 +134,13 @@ def measure(root: Path) -> dict[str, dict[str, Any]]:
             data = bytearray(shard.read_bytes())
             data[-1] ^= 1
             shard.write_bytes(data)
-        before = lines(config.run_dir)
+        before, code = lines(config.run_dir), process.returncode
         process = start(root)
         # the new start first cuts the file back to its checkpoint; the line after that is a new one
         again = wait_for(lambda: grew(config.run_dir, before), process)  # noqa: B023
         resumed = sum(1 for old, new in zip(before.splitlines(), lines(config.run_dir).splitlines()) if old == new)
         found[row] = {"fault": fault, "detected_s": round(detected, 2), "again_s": round(again, 2),
-                      "steps_lost": reached - resumed, "code": process.returncode}  # fmt: skip
+                      "steps_lost": reached - resumed, "code": code}  # fmt: skip
         print(row, found[row], flush=True)
         wait_for(lambda: lines(config.run_dir).count(b"\n") > reached + 6, process)  # noqa: B023
     for victim in [*psutil.Process(process.pid).children(recursive=True), process]:

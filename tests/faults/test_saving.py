@@ -5,9 +5,11 @@ import multiprocessing
 import os
 import pickle
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from megafuse.checkpoint.folder import complete_steps, step_name
@@ -116,6 +118,15 @@ def test_saves_that_fail_on_one_rank(inputs: Path, tmp_path: Path) -> None:
     assert "complete checkpoint is of step 2" in errors["unsaved"] and len(numbers(tmp_path / "unsaved")) == 5
 
 
+def is_running(pid: int) -> bool:
+    """Within five seconds."""
+    for _ in range(50):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 KILLS = [("kill early", False), ("kill", False), ("kill late", False), ("kill", True), ("kill late", True),
          ("orphan", True)]  # fmt: skip
 
@@ -136,6 +147,9 @@ def test_a_kill_inside_a_save_of_either_kind(inputs: Path, tmp_path: Path) -> No
         else:
             assert process.exitcode == -9 and complete_steps(root) == [2], (how, background)
             assert [p.name for p in root.glob("*.tmp")] == ["step_00000004.tmp"]
+            if how == "orphan":  # the writer has gone with the rank
+                texts = [p.read_text() for p in root.glob("*.tmp/*.distcp")]
+                assert texts and not any(is_running(int(text.split()[0])) for text in texts if text)
             train(settings)
         assert saved(settings.run_dir)[-1] == 6 and numbers(settings.run_dir) == numbers(whole.run_dir)
 
