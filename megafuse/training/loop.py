@@ -16,7 +16,6 @@ from megafuse.data.dataset import GroupDataset
 from megafuse.data.rows import BatchPlan, RowPlanner
 from megafuse.data.sampler import BatchSampler
 from megafuse.errors import NonFiniteError, PreemptedError, TerminatedError
-from megafuse.evals.held_out import HeldOut, evaluate, score
 from megafuse.losses.registry import Loss
 from megafuse.model.arch import ModelArch
 from megafuse.observe.flops import mfu, model_flops, run_peak_flops
@@ -27,6 +26,7 @@ from megafuse.reference.cache import ReferenceLogps
 from megafuse.training.batch import batch_denominator, input_rows
 from megafuse.training.fingerprint import refuse_different_replicas
 from megafuse.training.guard import RollBack, SpikeGuard, write_incident
+from megafuse.training.held_out import HeldOut, evaluate, score
 from megafuse.training.optim import Engine
 from megafuse.training.signals import END, NONE, StopRequest
 from megafuse.training.step import RowInput, StepResult, train_step

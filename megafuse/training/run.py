@@ -16,7 +16,6 @@ from megafuse.data.dataset import GroupDataset
 from megafuse.data.rows import RowPlanner, check_vocabulary, row_planner
 from megafuse.data.sampler import BatchSampler
 from megafuse.errors import ConfigError, NonFiniteError
-from megafuse.evals.held_out import HeldOut, refuse_trained_prompts
 from megafuse.losses.registry import Loss, make_loss
 from megafuse.model.arch import ModelArch, read_arch
 from megafuse.model.build import Backend, build_model, choose_backend
@@ -27,6 +26,7 @@ from megafuse.reference.cache import ReferenceLogps, is_complete, read_cache
 from megafuse.reference.compute import write_reference
 from megafuse.reference.digest import reference_digest
 from megafuse.training.guard import RollBack, SpikeGuard, leave_out, left_out
+from megafuse.training.held_out import HeldOut, refuse_trained_prompts
 from megafuse.training.loop import Loop
 from megafuse.training.optim import wrap_for_training
 from megafuse.training.outcome import clear_outcome

@@ -15,11 +15,11 @@ from megafuse.config.train import TrainConfig
 from megafuse.converters.importer import import_hf
 from megafuse.data.dataset import GroupDataset
 from megafuse.errors import ConfigError, PreemptedError
-from megafuse.evals import held_out
 from megafuse.observe.metrics import read_metrics
 from megafuse.testing.distributed import run_distributed, run_trainings
 from megafuse.testing.oracle import double_model, group_loss, response_logps
 from megafuse.testing.tiny import write_tiny_dataset, write_tiny_llama
+from megafuse.training import held_out
 from megafuse.training.run import train
 
 pytestmark = pytest.mark.faults
