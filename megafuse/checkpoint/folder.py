@@ -2,10 +2,11 @@
 
 `step_00000010.tmp` is being written; the rename to `step_00000010` comes after its manifest, with the SHA-256 of every
 file, and everything in it has reached the disk. So a folder without `.tmp` is a complete checkpoint; whether its bytes
-are still those that were written is what `checkpoint.verify` looks at. LATEST is a hint for people and other tools:
-nothing here reads it. `step_00000010.damaged` failed verification and was set aside.
+are still those that were written is what `checkpoint.verify` looks at. LATEST and BEST are hints for people and other
+tools: nothing here reads them. `step_00000010.damaged` failed verification and was set aside.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ from megafuse.observe.manifest import (
 
 FORMAT = "megafuse-checkpoint/1"
 LATEST = "LATEST"
+BEST = "BEST"
 _STEP = re.compile(r"step_(\d{8})")
 
 
@@ -66,13 +68,14 @@ def commit(
     *,
     keep: int,
     keep_every: int = 0,
+    best_of: int = 1,
     hashes: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """Finish a written `folder`: HF side files, manifest, fsync, rename, LATEST, pruning. One process only.
+    """Finish a written `folder`: HF side files, manifest, fsync, rename, LATEST, BEST, pruning. One process only.
 
     hf_source: the checkpoint or Hugging Face folder that training started from; what is not weights there (config,
     tokenizer, shard layout) rides along as `hf/`, so that the new checkpoint can be exported by itself.
-    keep, keep_every: see `prune`.
+    keep, keep_every, best_of: see `prune`.
     hashes: SHA-256 by file name of what the ranks wrote and put on disk; the rest is hashed here.
     Returns the final folder.
     """
@@ -99,14 +102,46 @@ def commit(
     sync_path(final.parent)
     with atomic_file(final.parent / LATEST) as file:
         file.write(f"{final.name}\n".encode())
-    prune(final.parent, keep=keep, keep_every=keep_every)
+    point_to_best(final.parent, best_of)
+    prune(final.parent, keep=keep, keep_every=keep_every, best_of=best_of)
     return final
 
 
-def prune(root: Path, *, keep: int, keep_every: int) -> None:
-    """Remove complete checkpoints but the `keep` newest and, unless 0, those at multiples of `keep_every` steps."""
+def scores(root: Path) -> dict[int, float]:
+    """Held-out score by step, ascending, of the complete checkpoints that were evaluated; higher is better."""
+    found = {}
+    for step in complete_steps(root):
+        with contextlib.suppress(IntegrityError, KeyError, TypeError, ValueError):
+            found[step] = float(read_manifest_of(root / step_name(step), FORMAT)["held_out"]["score"])
+    return found
+
+
+def best_step(root: Path, best_of: int) -> int | None:
+    """The one with the highest score of the last `best_of` checkpoints that were evaluated; the newer of two equal."""
+    last = list(scores(root).items())[-best_of:]
+    return max(last, key=lambda item: (item[1], item[0]))[0] if last else None
+
+
+def point_to_best(root: Path, best_of: int) -> None:
+    """Write the name of the best checkpoint into BEST. One process only."""
+    best = best_step(root, best_of)
+    if best is not None:
+        with atomic_file(root / BEST) as file:
+            file.write(f"{step_name(best)}\n".encode())
+
+
+def add_held_out(folder: Path, held_out: Mapping[str, Any]) -> None:
+    """Put the result of a late evaluation into the manifest of a complete checkpoint. One process only."""
+    manifest = read_manifest_of(folder, FORMAT)
+    write_json_atomic(folder / "manifest.json", {**manifest, "held_out": dict(held_out)})
+
+
+def prune(root: Path, *, keep: int, keep_every: int, best_of: int = 1) -> None:
+    """Remove complete checkpoints but the `keep` newest, those at multiples of `keep_every` steps (unless 0), and the
+    best of the last `best_of` that were evaluated, with those that the next one is to be compared with."""
+    spared = {best_step(root, best_of), *(list(scores(root))[1 - best_of :] if best_of > 1 else ())}
     for step in complete_steps(root)[:-keep]:
-        if not keep_every or step % keep_every:
+        if step not in spared and (not keep_every or step % keep_every):
             doomed = root / step_name(step)
             # first the name: a kill in the middle must not leave a folder that looks complete
             gone = doomed.with_suffix(".tmp")

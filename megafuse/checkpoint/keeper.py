@@ -1,6 +1,6 @@
-"""The checkpoints of one run: found and verified at its start, loaded, written, pruned."""
+"""The checkpoints of one run: found and verified at its start, loaded, committed, pruned."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,8 @@ from typing import Any
 from megafuse.checkpoint import folder as folders
 from megafuse.checkpoint.pickles import refuse_unknown_pickles
 from megafuse.checkpoint.space import checkpoint_bytes, refuse_full_disk
-from megafuse.checkpoint.state import load_model, load_run, model_state, run_state, save_state
-from megafuse.checkpoint.verify import hash_written, newest_trusted, verify
+from megafuse.checkpoint.state import load_model, load_run, model_state
+from megafuse.checkpoint.verify import newest_trusted, verify
 from megafuse.config.train import TrainConfig
 from megafuse.errors import ConfigError
 from megafuse.parallel.topology import Topology
@@ -18,7 +18,7 @@ from megafuse.training.optim import Engine
 
 @dataclass
 class Keeper:
-    """Every method is collective."""
+    """Every method is collective unless it says otherwise."""
 
     config: TrainConfig
     topology: Topology
@@ -67,28 +67,33 @@ class Keeper:
         needed = checkpoint_bytes(model_state(engine.bare, self.topology), self.topology, optimizer=optimizer)
         self.topology.on_rank_zero(lambda: refuse_full_disk(self.root, needed))
 
-    def save(self, engine: Engine, step: int, *, optimizer: bool, guard: list[float]) -> Path:
-        """Write the checkpoint of `step`; returns its folder. `guard` is the state of the spike guard."""
-        config, topology = self.config, self.topology
-        engine.sync_params()
-        self.preflight(engine, optimizer=optimizer)
-        folder = topology.on_rank_zero(lambda: folders.begin(self.root, step))
-        save_state(run_state(engine, topology, optimizer=optimizer, loading=False), folder)
-        topology.barrier()
-        hashes = hash_written(folder, topology)
-        facts = {
+    def facts(self, step: int, *, optimizer: bool) -> dict[str, Any]:
+        """What the manifest of a checkpoint says about the run. Not collective."""
+        config = self.config
+        return {
             "step": step,
             "optimizer": optimizer,
             "layout": self._layout(),
             "data_position": {"step": step, "seed": config.seed, "data": self.data_digest},
-            "guard": guard,
         }
-        keep = config.checkpoint
-        return topology.on_rank_zero(
-            lambda: folders.commit(
-                folder, config.model.path, facts, keep=keep.keep, keep_every=keep.keep_every, hashes=hashes
-            )
+
+    def commit(self, folder: Path, facts: dict[str, Any], hashes: Mapping[str, str]) -> Path:
+        """Finish the written `folder`; see `folder.commit`. Returns the final folder. One process only."""
+        config = self.config.checkpoint
+        return folders.commit(
+            folder,
+            self.config.model.path,
+            facts,
+            keep=config.keep,
+            keep_every=config.keep_every,
+            best_of=config.best_of,
+            hashes=hashes,
         )
+
+    def add_held_out(self, folder: Path, held_out: Mapping[str, Any]) -> None:
+        """Complete the manifest of `folder` by its evaluation. One process only."""
+        folders.add_held_out(folder, held_out)
+        folders.point_to_best(self.root, self.config.checkpoint.best_of)
 
     def _layout(self) -> dict[str, Any]:
         """What has to be equal for the state of the random generators to mean the same."""

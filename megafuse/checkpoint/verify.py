@@ -4,7 +4,6 @@ All of it happens before a byte reaches a parameter, and every rank comes to the
 loads and another refuses would hang the job.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,8 @@ from typing import Any
 from megafuse.checkpoint import folder as folders
 from megafuse.checkpoint.pickles import refuse_unknown_pickles
 from megafuse.errors import IntegrityError
-from megafuse.observe.manifest import file_sha256, sync_path
+from megafuse.observe.manifest import file_sha256
 from megafuse.parallel.topology import Topology
-
-_WRITER = re.compile(r"__(\d+)_\d+\.distcp")
 
 
 def newest_trusted(root: Path, topology: Topology, *, strict: bool, say: Callable[[str], None]) -> Path | None:
@@ -74,30 +71,12 @@ def verify(folder: Path, topology: Topology) -> None:
     topology.on_rank_zero(compare)
 
 
-def hash_written(folder: Path, topology: Topology) -> dict[str, str]:
-    """Put what the ranks wrote into `folder` on disk and hash it: by name, on rank 0; empty elsewhere. Collective.
-
-    Every rank takes the files that it wrote: they are in its node's memory, and only its node can bring them to disk.
-    """
-    names = topology.on_rank_zero(lambda: sorted(p.name for p in folder.iterdir() if p.is_file()))
-    mine = [name for name in names if _writer(name) % topology.world_size == topology.rank]
-    for name in mine:
-        sync_path(folder / name)
-    found = topology.gather_on_rank_zero({name: file_sha256(folder / name) for name in mine})
-    return {name: digest for digests in found or [] for name, digest in digests.items()}
-
-
 def _listed(folder: Path) -> dict[str, Any]:
     files: dict[str, Any] = folders.read_manifest(folder)["files"]
     for name in (".metadata", "common.pt"):
         if name not in files:
             raise IntegrityError(f"{folder / 'manifest.json'} does not list {name}; restore the checkpoint")
     return files
-
-
-def _writer(name: str) -> int:
-    match = _WRITER.fullmatch(name)
-    return int(match[1]) if match else 0
 
 
 def _balanced(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:

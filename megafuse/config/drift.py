@@ -1,17 +1,20 @@
 """A run goes on with the configuration that it began with, or says what has changed."""
 
+import difflib
 from typing import Any
 
 from megafuse.config.load import dump_toml, load
 from megafuse.config.train import TrainConfig
 from megafuse.errors import ConfigError
-from megafuse.observe.manifest import atomic_file
+from megafuse.observe.manifest import atomic_file, read_json, utc_now, write_json_atomic
 
 CONFIG_FILE = "config.toml"
+CHANGES = "changes.json"
 # What may change between two starts of one run: where and how it is computed, told and kept. Its numbers change by no
 # more than the order of additions does. A name frees the field, or all fields of the section.
 FREE = (
     "run_dir",
+    "allow_change",
     "checkpoint",
     "observe",
     "guard",
@@ -29,27 +32,50 @@ FREE = (
 )
 
 
-def refuse_drift(config: TrainConfig) -> None:
+def refuse_drift(config: TrainConfig, after_step: int = 0) -> list[dict[str, Any]]:
     """Write the resolved config into a new run folder; in one that has it, compare. One process only.
 
+    Returns every change that `allow_change` has let through so far: field, began, now, and the step it came after.
+
     Raises:
-        ConfigError: field by field, the value that the run began with and the value given now.
+        ConfigError: field by field, the value that the run began with and the value given now; or `allow_change` names
+            what is no field.
     """
     path = config.run_dir / CONFIG_FILE
-    if not path.is_file():
-        with atomic_file(path) as file:
-            file.write(dump_toml(config).encode())
-        return
-    before = _flat(load(TrainConfig, path).model_dump(mode="json"))
     now = _flat(config.model_dump(mode="json"))
+    for name in config.allow_change:
+        if name not in now:
+            close = difflib.get_close_matches(name, now, n=1)
+            raise ConfigError(
+                f"allow_change = {name!r} is no field" + (f"; did you mean {close[0]!r}?" if close else "")
+            )
+    known = config.run_dir / CHANGES
+    changes: list[dict[str, Any]] = read_json(known) if known.is_file() else []
+    if not path.is_file():
+        _write(config)
+        return changes
+    before = _flat(load(TrainConfig, path).model_dump(mode="json"))
     changed = [key for key in now if before.get(key) != now[key] and not _is_free(key)]
-    if changed:
-        lines = [f"  {key}: began with {before.get(key)!r}, now {now[key]!r}" for key in changed]
+    if refused := [key for key in changed if key not in config.allow_change]:
+        lines = [f"  {key}: began with {before.get(key)!r}, now {now[key]!r}" for key in refused]
         raise ConfigError(
             f"{config.run_dir} is a run with another configuration:\n"
             + "\n".join(lines)
-            + "\ngive the same values, or another run_dir"
+            + f"\ngive the same values, or another run_dir, or allow it: --allow_change {' '.join(refused)}"
         )
+    if changed:
+        changes += [
+            {"field": key, "began": before.get(key), "now": now[key], "after_step": after_step, "time": utc_now()}
+            for key in changed
+        ]
+        write_json_atomic(known, changes)  # first: a kill between the two tells it twice, not never
+        _write(config)
+    return changes
+
+
+def _write(config: TrainConfig) -> None:
+    with atomic_file(config.run_dir / CONFIG_FILE) as file:
+        file.write(dump_toml(config.model_copy(update={"allow_change": ()})).encode())
 
 
 def _is_free(key: str) -> bool:

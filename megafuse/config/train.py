@@ -138,6 +138,17 @@ class CheckpointConfig(Config):
     """Newest complete checkpoints that stay on disk."""
     keep_every: int = Field(0, ge=0)
     """Checkpoints at multiples of this many steps stay too; 0: none."""
+    best_of: int = Field(2, ge=1)
+    """The best of so many last evaluated checkpoints stays too, and BEST names it (needs held_out.dataset)."""
+    async_save: bool = False
+    """Write in a background process while training goes on. Stops and the end of the run still wait for it."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """A checkpoint that cannot be written (disk full, quota, read-only): stop with exit code 4, or go on without it."""
+    max_save_errors: int = Field(3, ge=1)
+    """Failed saves in a row that `continue` goes on after."""
+    max_unsaved_steps: int = Field(0, ge=0)
+    """Training never gets further than this from its last complete checkpoint: it waits for a save, and stops where
+    that fails. 0: interval x (max_save_errors + 1)."""
     strict: bool = False
     """Refuse to start where the newest checkpoint fails verification (off: fall back to an older one, and say so)."""
     final_optimizer: bool = True
@@ -151,6 +162,14 @@ class ReferenceConfig(Config):
     """Cache written by `megafuse reference`. None: computed before the first step, into the run folder."""
     model: Path | None = None
     """Checkpoint of the reference policy; None: `model.path`, the policy that training starts from."""
+
+
+class HeldOutConfig(Config):
+    """Evaluation during training, at checkpoints."""
+
+    dataset: Path | None = None
+    """Folder written by `megafuse build`, of the kind that is trained on, with other prompts. Before each checkpoint
+    of `checkpoint.interval` and at the end: loss, margin and the loss's other metrics over all of it."""
 
 
 class GuardConfig(Config):
@@ -195,6 +214,7 @@ class TrainConfig(Config):
     reference: ReferenceConfig = ReferenceConfig()
     observe: ObserveConfig = ObserveConfig()
     guard: GuardConfig = GuardConfig()
+    held_out: HeldOutConfig = HeldOutConfig()
     global_batch_size: int = Field(128, ge=1)
     """Prompts (groups) an optimizer step, over all ranks."""
     epochs: int = Field(1, ge=1)
@@ -208,3 +228,6 @@ class TrainConfig(Config):
     to the newest checkpoint and come again without that batch."""
     max_consecutive_skips: int = Field(3, ge=1)
     """Skips in a row, and roll-backs in one start, after which the run stops all the same."""
+    allow_change: tuple[str, ...] = ()
+    """Fields whose value may differ from what the run folder began with (`--allow_change optim.lr`). Each change is
+    written into the run folder and into the manifests of its later checkpoints."""

@@ -112,6 +112,23 @@ class MetricsLog:
         for sink in self._sinks:
             sink.log(step, plain)
 
+    def amend(self, values: Mapping[str, Any]) -> None:
+        """Add `values` to the last record: what a stop left undone at its step, on the way on from it."""
+        if self._file is None:
+            return
+        records = _records(self.path, self.path.read_bytes())
+        if not records or records[-1][0]["step"] != self.last_step:
+            return
+        start = records[-2][1] if len(records) > 1 else 0
+        plain = {name: _scalar(name, value) for name, value in values.items()}
+        kept = self.path.read_bytes()[:start]
+        self._file.close()
+        with atomic_file(self.path) as file:
+            file.write(kept + json.dumps({**records[-1][0], **plain}, allow_nan=False).encode() + b"\n")
+        self._file = open(self.path, "ab")  # noqa: SIM115
+        for sink in self._sinks:
+            sink.log(self.last_step, plain)
+
     def sync(self) -> None:
         """Wait until the file is on the disk itself: before a checkpoint is committed, for a cut of power after it."""
         if self._file is not None:

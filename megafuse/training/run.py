@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megafuse.checkpoint.folder import complete_steps
 from megafuse.checkpoint.keeper import Keeper
 from megafuse.checkpoint.lock import RunLock, acquire
+from megafuse.checkpoint.saver import Saver
 from megafuse.config.drift import refuse_drift
 from megafuse.config.train import TrainConfig
 from megafuse.data.dataset import GroupDataset
@@ -24,6 +26,7 @@ from megafuse.reference.cache import ReferenceLogps, is_complete, read_cache
 from megafuse.reference.compute import write_reference
 from megafuse.reference.digest import reference_digest
 from megafuse.training.guard import RollBack, SpikeGuard, leave_out, left_out
+from megafuse.training.held_out import HeldOut, refuse_trained_prompts
 from megafuse.training.loop import Loop
 from megafuse.training.optim import wrap_for_training
 from megafuse.training.outcome import clear_outcome
@@ -98,7 +101,8 @@ class _Run:
         config, topology = self.config, self.topology
         sampler = BatchSampler(len(self.data), config.global_batch_size, config.epochs, config.seed)
         total = min(sampler.total_steps, config.max_steps or sampler.total_steps)
-        topology.on_rank_zero(lambda: refuse_drift(config))
+        steps = topology.on_rank_zero(lambda: complete_steps(config.run_dir / "checkpoints"))
+        changes = topology.on_rank_zero(lambda: refuse_drift(config, max(steps, default=0)))
         keeper = Keeper(config, topology, self.data.manifest["digest"]["data"], self._say)
         newest = keeper.newest()
         if newest and newest[1] >= total:
@@ -109,7 +113,7 @@ class _Run:
             StopRequest(config.run_dir) as stop,
             user_buffers(overlap, topology, row_tokens=self.planner.budget, hidden=self.arch.hidden_size),
         ):
-            return self._train(sampler, keeper, newest and newest[0], total, lock, stop)
+            return self._train(sampler, keeper, newest and newest[0], total, lock, stop, changes)
 
     def _train(
         self,
@@ -119,11 +123,13 @@ class _Run:
         total: int,
         lock: RunLock | None,
         stop: StopRequest,
+        changes: list[dict[str, Any]],
     ) -> Path:
         config, topology = self.config, self.topology
         model = build_model(self.arch, config.parallel, topology, self.backend, recompute=config.model.recompute)
         self._say(f"world {topology.world_size} on {topology.device.type}, {self.backend}, {total} steps")
-        reference = self._reference(model, keeper)
+        reference = self._reference(model, keeper, self.data, self.planner, config.reference.path, "reference")
+        held_out = self._held_out(model, keeper)
         if newest is None:
             keeper.load_model(model, config.model.path)
         engine = wrap_for_training(model, config.optim, self.backend.policy, total_steps=total)
@@ -132,14 +138,17 @@ class _Run:
         while True:
             manifest = keeper.resume(engine, newest) if newest else {}
             left = topology.on_rank_zero(lambda: left_out(config.run_dir))
+            done, interval = int(manifest.get("step", 0)), config.checkpoint.interval
             loop = Loop(
-                config, self.arch, self.data, self.loss, topology, self.planner, sampler, keeper, stop, lock,
-                reference, left,
+                config, self.arch, self.data, self.loss, topology, self.planner, sampler, keeper, Saver(keeper, done),
+                stop, lock, reference, left, held_out, changes,
             )  # fmt: skip
+            undone = held_out and interval and done % interval == 0 and manifest.get("held_out") is None
             try:
                 return loop.run(
-                    engine, int(manifest.get("step", 0)), total, SpikeGuard(config.guard, manifest.get("guard", []))
-                )
+                    engine, done, total, SpikeGuard(config.guard, manifest.get("guard", [])),
+                    newest if undone else None,
+                )  # fmt: skip
             except RollBack as back:
                 found, facts = keeper.newest(), str(back)
                 roll_backs += 1
@@ -154,21 +163,41 @@ class _Run:
         if self.topology.rank == 0:
             print(text, file=sys.stderr, flush=True)
 
-    def _reference(self, model: list[Any], keeper: Keeper) -> ReferenceLogps | None:
-        """Reference log-probs: from the cache that the run names, or computed now with the starting weights."""
+    def _held_out(self, model: list[Any], keeper: Keeper) -> HeldOut | None:
+        """What the run is evaluated on: read, checked, and with its reference log-probs."""
+        config = self.config
+        if config.held_out.dataset is None:
+            return None
+        data = GroupDataset(config.held_out.dataset)
+        check_data(data, self.arch, self.loss)
+        self.topology.on_rank_zero(lambda: refuse_trained_prompts(data, self.data))
+        planner = row_planner(config, data, self.arch, self.topology.world_size, self.backend)
+        reference = self._reference(model, keeper, data, planner, None, "held_out_reference")
+        return HeldOut(data, planner, reference, batch=config.global_batch_size)
+
+    def _reference(
+        self,
+        model: list[Any],
+        keeper: Keeper,
+        data: GroupDataset,
+        planner: RowPlanner,
+        path: Path | None,
+        name: str,
+    ) -> ReferenceLogps | None:
+        """Reference log-probs: from the cache at `path`, or computed now with the starting weights into RUN/`name`."""
         config = self.config
         if not self.loss.needs_reference:
             return None
         source = config.reference.model or config.model.path
         digest = self.topology.on_rank_zero(
-            lambda: reference_digest(source, self.data.manifest, precision=config.model.precision)
+            lambda: reference_digest(source, data.manifest, precision=config.model.precision)
         )
-        folder = config.reference.path or config.run_dir / "reference"
-        if config.reference.path is None and not self.topology.on_rank_zero(lambda: is_complete(folder)):
+        folder = path or config.run_dir / name
+        if path is None and not self.topology.on_rank_zero(lambda: is_complete(folder)):
             keeper.load_model(model, source)
             write_reference(
-                model, self.topology, self.data, self.planner, folder, name="ref", digest=digest, source=source,
+                model, self.topology, data, planner, folder, name="ref", digest=digest, source=source,
                 prefix_sharing=config.data.prefix_sharing, show_progress=self.topology.rank == 0,
             )  # fmt: skip
-        flat, offsets = self.data.response_lengths
+        flat, offsets = data.response_lengths
         return read_cache(folder, digest, offsets, flat)

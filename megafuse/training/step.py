@@ -114,12 +114,12 @@ def backward(
 
     def forward_step(source: Iterator[RowInput], model: Any) -> tuple[Tensor, Any]:
         item = next(source)
-        return run_model(model, item.row), partial(_loss, loss, item, topology.cp_group, denominator, progress)
+        return run_model(model, item.row), partial(row_loss, loss, item, topology.cp_group, denominator, progress)
 
     return forward_rows(engine.model, rows, forward_step, lengths=lengths, forward_only=False)
 
 
-def _loss(
+def row_loss(
     loss: Loss, item: RowInput, cp_group: Any, denominator: float, progress: float, logps: Tensor
 ) -> tuple[Tensor, Tensor, Any]:
     """Loss of one row: (its part of the global loss, unused token count, metric sums).

@@ -28,7 +28,7 @@ from megafuse.training.signals import StopRequest
 HEARTBEAT = "heartbeat.json"
 STACKS = "stacks"
 EXIT_HANG = 75
-PHASES = ("data", "update", "save")
+PHASES = ("data", "update", "evaluate", "save")
 _PATIENCE = {"save": 3.0}  # a phase that may take so many times longer
 _FIRST = 3.0  # and so may everything in the first step: compilation, autotuning
 

@@ -119,6 +119,16 @@ def test_a_run_folder_refuses_another_configuration(inputs: Path, tmp_path: Path
     with pytest.raises(ConfigError, match=r"seed: began with 0, now 9"):
         refuse_drift(other)
     refuse_drift(first.model_copy(update={"on_nonfinite": "skip"}))
+    with pytest.raises(ConfigError, match=r"'sed' is no field; did you mean 'seed'"):
+        refuse_drift(other.model_copy(update={"allow_change": ("sed",)}))
+    longer = other.model_copy(update={"allow_change": ("seed", "max_steps"), "max_steps": 3})
+    run_distributed(run_trainings, 1, [longer])
+    (steps, seed) = read_manifest(first.run_dir / "checkpoints" / step_name(3))["changes"]
+    assert (seed["field"], seed["began"], seed["now"], seed["after_step"]) == ("seed", 0, 9, 2)
+    assert (steps["field"], steps["began"], steps["now"]) == ("max_steps", 2, 3)
+    assert refuse_drift(longer.model_copy(update={"allow_change": ()})) == [steps, seed]  # from here on the usual
+    with pytest.raises(ConfigError, match=r"seed: began with 9, now 0"):
+        refuse_drift(first)
 
 
 def test_a_damaged_checkpoint_is_named(inputs: Path, tmp_path: Path) -> None:
