@@ -49,16 +49,17 @@ def run_with_nemo(jobs: Sequence[Job], config: WhereConfig, *, quiet: bool = Fal
         if config.host is None:
             for job in group:
                 Path(job.run).mkdir(parents=True, exist_ok=True)
-        with _sacct_answers(config), run.Experiment(group[0].name, log_level="WARNING") as experiment:
-            names = {experiment.add(_task(run, job, config, quiet), executor=_executor(run, job, config),
-                                    name=job.name): job.name for job in group}  # fmt: skip
-            waits = config.on == "local" or config.follow
-            experiment.run(detach=not waits, tail_logs=config.on == "local" and not quiet)
-            status = experiment.status(return_dict=True) if waits else {}
-            for task in experiment.jobs:
-                handle = str(getattr(task, "handle", "")).rpartition("/")[2] if config.on == "slurm" else ""
-                state = str((status or {}).get(task.id, {}).get("status", "SUBMITTED"))
-                results.append(Result(names[task.id], state, handle))
+        waits = config.on == "local" or config.follow
+        quietly = {"skip_status_at_exit": True, "enable_goodbye_message": False, "log_level": "WARNING"}
+        with _sacct_answers(config):
+            with run.Experiment(group[0].name, **quietly) as experiment:
+                for job in group:
+                    experiment.add(_task(run, job, config, quiet), executor=_executor(run, job, config), name=job.name)
+                experiment.run(detach=not waits, tail_logs=config.on == "local" and not quiet)
+            # leaving the experiment has waited for it, where it was to be waited for
+            for job, task in zip(group, experiment.jobs):
+                number = str(task.handle).rpartition("/")[2] if config.on == "slurm" else ""
+                results.append(Result(job.name, task.state.name if waits else "SUBMITTED", number))
     return results
 
 

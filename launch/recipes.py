@@ -41,9 +41,7 @@ def repository() -> Path:
     for root in (found, Path.cwd()):
         if (root / "slurm" / "node.sh").is_file():
             return root
-    raise ConfigError(
-        "no folder slurm/ beside the package or here: run `megafuse launch` in a clone of the repository"
-    )
+    raise ConfigError("no folder slurm/ beside the package or here: run `megafuse launch` in a clone of the repository")
 
 
 def recipes(root: Path) -> dict[str, Path]:
@@ -80,7 +78,9 @@ def _variables(text: str) -> dict[str, str]:
     """
     found = dict(re.findall(r"^#   ([A-Z][A-Z_ ]*[A-Z]|[A-Z]+)  +(\S.*)", text, re.MULTILINE))
     listed = {name for names in found for name in names.split()}
-    for name, default, comment in re.findall(r"^(?:export )?([A-Z_]+)=\$\{\1:-([^}]*)\} *(?:# *(.*))?$", text, re.MULTILINE):
+    for name, default, comment in re.findall(
+        r"^(?:export )?([A-Z_]+)=\$\{\1:-([^}]*)\} *(?:# *(.*))?$", text, re.MULTILINE
+    ):
         if name not in listed and name != "MEGAFUSE_ROOT":
             found[name] = f"{comment}; default {default or 'none'}".removeprefix("; ")
     for name, comment in re.findall(r"\$\{([A-Z_]+):\?([^}]*)\}", text):

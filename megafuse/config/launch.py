@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from megafuse.config.base import Config
 from megafuse.config.build import Kind
@@ -175,9 +175,10 @@ class SweepConfig(WhereConfig):
             raise ValueError(f"losses.{name}.{sorted(unknown)[0]} is not a field of a loss")
         try:
             return LossConfig.model_validate({**table, "name": kind})
-        except ValueError as error:
-            first = str(error).splitlines()[2] if len(str(error).splitlines()) > 2 else str(error)
-            raise ValueError(f"losses.{name}: {first.strip().removeprefix('Value error, ')}") from None
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            where = ".".join(map(str, ("losses", name, *problem["loc"])))
+            raise ValueError(f"{where}: {problem['msg'].removeprefix('Value error, ')}") from None
 
 
 def loss_fields(loss: LossConfig) -> dict[str, Any]:
