@@ -79,7 +79,7 @@ def write_summary(folder: Path, rows: Sequence[Row]) -> Table:
     write_json_atomic(folder / "summary.json", [asdict(row) for row in rows])
     table = Table(title=str(folder), caption=note)
     for name in header:
-        table.add_column(name, justify="right" if name in _COLUMNS else "left", overflow="fold")
+        table.add_column(name, justify="right" if name in _COLUMNS else "left", no_wrap=name == "point")
     for cells in body:
         table.add_row(*cells)
     return table
