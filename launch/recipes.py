@@ -68,7 +68,17 @@ def read_recipe(root: Path, name: str) -> Recipe:
         options[option] = value or None
     if not options:
         raise ConfigError(f"{path} has no #SBATCH lines: it is not for sbatch")
-    return Recipe(path.stem, path.resolve(), options, _variables(text))
+    shared = root / "slurm" / "stages.sh"
+    variables = _variables(text)
+    if shared.name in text and shared.is_file():
+        variables = {**_variables(shared.read_text()), **variables}
+    return Recipe(path.stem, path.resolve(), options, _not_twice(variables))
+
+
+def _not_twice(variables: dict[str, str]) -> dict[str, str]:
+    """Without a variable that a line for several ("TP PP") names too."""
+    grouped = {name for names in variables if " " in names for name in names.split()}
+    return {name: text for name, text in variables.items() if name not in grouped}
 
 
 def _variables(text: str) -> dict[str, str]:
@@ -77,12 +87,14 @@ def _variables(text: str) -> dict[str, str]:
     `#   TP PP  tensor- and pipeline-parallel ranks` -> {"TP PP": "tensor- and ..."}; `TP=${TP:-4} # ranks` the same.
     """
     found = dict(re.findall(r"^#   ([A-Z][A-Z_ ]*[A-Z]|[A-Z]+)  +(\S.*)", text, re.MULTILINE))
-    listed = {name for names in found for name in names.split()}
-    for name, default, comment in re.findall(
-        r"^(?:export )?([A-Z_]+)=\$\{\1:-([^}]*)\} *(?:# *(.*))?$", text, re.MULTILINE
-    ):
-        if name not in listed and name != "MEGAFUSE_ROOT":
-            found[name] = f"{comment}; default {default or 'none'}".removeprefix("; ")
+    listed = {name for names in found for name in names.split()} | {"MEGAFUSE_ROOT"}
+    for line in text.splitlines():
+        assigned = re.match(r"(?:export )?((?:[A-Z_]+=\$\{[A-Z_]+:-[^}]*\} *)+)(?:# *(.*))?$", line)
+        given = re.findall(r"([A-Z_]+)=\$\{\1:-([^}]*)\}", assigned[1]) if assigned else []
+        names, defaults = [name for name, _ in given], [default or "none" for _, default in given]
+        if assigned and not listed & set(names):
+            comment = f"{assigned[2]}; " if assigned[2] else ""
+            found[" ".join(names)] = f"{comment}default {' and '.join(defaults)}"
     for name, comment in re.findall(r"\$\{([A-Z_]+):\?([^}]*)\}", text):
         if name not in listed and not name.startswith("SLURM_"):
             found[name] = f"{comment} (required)"

@@ -74,7 +74,7 @@ def _point(config: SweepConfig, settings: dict[str, Any]) -> Point:
     recipe = read_recipe(repository(), config.recipe)
     target = config.targets[settings["target"]] if "target" in settings else None
     model = target.model if target else str(config.model)
-    build, train = dict(config.build), dict(config.train)
+    build, train, chosen = dict(config.build), dict(config.train), {}
     if settings.get("sources"):
         build["include_sources"] = settings["sources"]
     build |= {axis: settings[axis] for axis in ("alpha", "k") if axis in settings}
@@ -82,6 +82,7 @@ def _point(config: SweepConfig, settings: dict[str, Any]) -> Point:
         loss = config.loss(settings["loss"])
         train |= {f"loss.{field}": value for field, value in loss_fields(loss).items()}
         build["kind"] = KIND_OF_LOSS.get(loss.name, "pair")
+        chosen = {"LOSS": loss.name} | ({"BETA": str(loss.beta)} if loss.beta is not None else {})
     rank = {field: config.build[field] for field in _RANK_FIELDS if field in config.build}
     if config.holdout:
         build["holdout"] = rank["holdout"] = config.holdout
@@ -90,6 +91,7 @@ def _point(config: SweepConfig, settings: dict[str, Any]) -> Point:
     env = {
         **pairs(config.env),
         **(target.env if target else {}),
+        **chosen,
         "MODEL": model,
         "DATA": " ".join(config.data),
         "RUN": os.path.join(config.run, name),

@@ -52,9 +52,10 @@ def test_a_recipe_says_its_options_and_variables() -> None:
 
 def test_an_assignment_with_a_default_is_a_variable_too(tmp_path: Path) -> None:
     script = tmp_path / "mine.sh"
-    script.write_text("#!/bin/sh\n#SBATCH --nodes=3\nTP=${TP:-4} # ranks\nexport X=${MODEL:?set MODEL}\n")
+    lines = ["#!/bin/sh", "#SBATCH --nodes=3", "TP=${TP:-4} PP=${PP:-1} # ranks", "X=${X:-}", ': "${MODEL:?set MODEL}"']
+    script.write_text("\n".join(lines) + "\n")
     recipe = read_recipe(ROOT, str(script))
-    assert recipe.variables == {"TP": "ranks; default 4", "MODEL": "set MODEL (required)"}
+    assert recipe.variables == {"TP PP": "ranks; default 4 and 1", "X": "default none", "MODEL": "set MODEL (required)"}
     assert recipe.required == ["MODEL"]
 
 
@@ -223,6 +224,7 @@ def test_points_are_every_combination_and_named_by_it(tmp_path: Path) -> None:
     last = found[-1]
     assert last.name == "sources-a+b_alpha-1.0_k-2_loss-simpo_target-t"
     assert last.job.env["BUILD"] == "--include_sources a b --alpha 1.0 --k 2 --kind pair --holdout 0.05"
+    assert (last.job.env["LOSS"], last.job.env["BETA"]) == ("simpo", "2.0")
     assert last.job.env["MODEL"] == "T" and last.job.env["TP"] == "2"
     line = " ".join(last.job.arguments)
     assert "--loss.name simpo --loss.beta 2.0 --loss.gamma 0.5" in line and "--loss.beta_kl None" in line
