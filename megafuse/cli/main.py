@@ -44,6 +44,8 @@ COMMANDS: dict[str, Command] = {
     "convert inspect": Command("megafuse.cli.convert", "what a checkpoint or folder holds", "inspect"),
     "eval": Command("megafuse.cli.eval", "intra- and cross-rank accuracy of a model on a data set"),
     "bench": Command("megafuse.cli.bench", "training throughput on real lengths: any shape, data, loss and layout"),
+    "launch": Command("megafuse.cli.launch", "a recipe of slurm/ as a job: submitted or run here, through NeMo-Run"),
+    "launch sweep": Command("megafuse.cli.launch_sweep", "many jobs over sources, alpha, k, loss, target; one table"),
     "doctor": Command("megafuse.cli.doctor", "what is installed, what is usable, and how to repair the rest"),
     "doctor parity": Command("megafuse.cli.doctor_parity", "every layout against one process in float64"),
     "data report": Command("megafuse.cli.data_report", "one HTML page about scored answers, to read before training"),
