@@ -7,6 +7,8 @@ of exponentials toggles fewer bits than random data, so it runs faster). Then al
 round, on operands that rotate over three sets, with the L2 cache overwritten before each call; median of the rounds
 after the warm-up. Peak memory is what a call adds to its operands. Errors are to float64, on the first rows. Prints a
 table and writes OUT/kernels_DEVICE.json. Exits 2 without a CUDA device.
+
+--predict says instead, anywhere, how many products and how much workspace a preference loss takes: arithmetic.
 """
 
 import argparse
@@ -24,10 +26,22 @@ import torch
 from torch import Tensor
 
 import megafuse
+from megafuse.config.train import ParallelConfig
+from megafuse.parallel.topology import layout, process_groups
 from megafuse.testing.kernel_oracle import exact_logprobs
-from megafuse.testing.kernel_peers import IGNORE, SHAPES, NotSupported, Operands, Provider, Shape, available
+from megafuse.testing.kernel_peers import (
+    IGNORE,
+    SHAPES,
+    NotSupported,
+    Operands,
+    Provider,
+    Shape,
+    available,
+    prediction,
+)
 
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "trl", "transformer-engine", "megatron-core")
+H100_TFLOPS = 798.0  # bfloat16 products of random data, as published; for --predict only
 CHECKED_ROWS = 64
 SETS = 3
 
@@ -39,11 +53,21 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", default=[s.name for s in SHAPES], choices=[s.name for s in SHAPES])
     parser.add_argument("--responses", type=float, nargs="+", default=[0.25, 0.5, 1.0], help="share of response tokens")
     parser.add_argument("--repeats", type=int, default=30, help="timed rounds, after a third as many to warm up")
+    parser.add_argument("--predict", action="store_true", help="count products and workspace; measure nothing")
     args = parser.parse_args()
+    if args.predict:
+        predict([s for s in SHAPES if s.name in args.shapes], args.tokens, args.responses)
+        return 0
     if not torch.cuda.is_available():
         print("bench/kernels.py measures a CUDA device, and there is none here", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
+    with process_groups(), layout(ParallelConfig()):  # Megatron's functions ask for the groups of a world, here of one
+        return measure_all(args, device)
+
+
+def measure_all(args: argparse.Namespace, device: torch.device) -> int:
+    """Every provider on every shape that was asked for."""
     providers, absent = available()
     result: dict[str, Any] = {"environment": environment(device), "absent": absent, "cases": []}
     for shape in (s for s in SHAPES if s.name in args.shapes):
@@ -56,6 +80,20 @@ def main() -> int:
                 args.out.mkdir(parents=True, exist_ok=True)
                 (args.out / f"kernels_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def predict(shapes: Sequence[Shape], tokens: Sequence[int], shares: Sequence[float]) -> None:
+    """Products and workspace of a preference loss, and milliseconds at the rate of an H100's products."""
+    for shape in shapes:
+        for count in tokens:
+            for share in shares:
+                p = prediction(shape, max(int(count * share), 1))
+                ms = {way: p[f"products_{way}"] * p["product_tflop"] / H100_TFLOPS * 1e3 for way in ("inside", "apart")}
+                print(
+                    f"{shape.name:12} {count:6} tokens {share:4.0%}: {p['chunks']:.0f} chunks, "
+                    f"{p['products_inside']:.2f} products ({ms['inside']:.1f} ms), apart {p['products_apart']:.2f} "
+                    f"({ms['apart']:.1f} ms), workspace {p['workspace_gb']:.2f} GB"
+                )
 
 
 def environment(device: torch.device) -> dict[str, Any]:

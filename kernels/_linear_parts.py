@@ -1,10 +1,11 @@
-"""What the backends of the linear log-probs share: the row map, and where the two gradients go."""
+"""What the backends of the linear log-probs share: the row map, the workspace, and where the two gradients go."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,72 @@ class LinearOptions:
     entropy: bool  # the entropies [T] are wanted too
     main_grad: bool  # the weight's gradient is added to weight.main_grad
     gradient: bool  # a backward may follow
+
+
+class Workspace:
+    """Memory for exponentials that sets of targets, one after the other, use again; made when it is first needed."""
+
+    def __init__(self, rows: int = 0):
+        self.rows = rows  # of the largest set that will come
+        self.flat: Tensor | None = None
+
+    def take(self, rows: int, stride: int, like: Tensor) -> Tensor:
+        """[rows, stride] in the dtype of `like`, with whatever is in it."""
+        if self.flat is None or self.flat.numel() < rows * stride:
+            self.flat = like.new_empty(max(rows, self.rows) * stride)
+        return self.flat[: rows * stride].view(rows, stride)
+
+
+class HeadRows(Protocol):
+    """A set of targets on its way through the head: log-probs first, then, once, the gradients of a loss of them."""
+
+    def __init__(self, full: Tensor, weight: Tensor, targets: Tensor, options: LinearOptions, space: Workspace): ...
+
+    @staticmethod
+    def fit(weight: Tensor, workspace_bytes: int) -> int:
+        """Targets whose exponentials the workspace keeps; equal on ranks with equally large shards of the weight."""
+
+    @property
+    def parts(self) -> int:
+        """Pieces that the workspace cuts the targets into; of all but one the exponentials are computed twice."""
+
+    def logprobs(self) -> tuple[Tensor, Tensor]:
+        """(log-probs [T], entropies [T] or [0]). Collective over the vocabulary's group."""
+
+    def gradients(
+        self,
+        grad: Tensor,
+        dx: Tensor | None,
+        dw: WeightGradient | None,
+        then: Callable[[], None],
+        keep: Tensor | None = None,
+    ) -> None:
+        """From `grad [T]` fill `dx [U, H]`, this rank's part for the distinct rows, and add to `dw`.
+
+        `then()` is called once, when `dx` is complete and one product for `dw` is still to come. `keep [T]` bool, on
+        the host: the targets whose `grad` is not 0; the others' rows are left out of all products.
+        """
+
+
+def nonzero_on_host(grad: Tensor) -> Tensor | None:
+    """`keep` of `HeadRows.gradients` where looking costs nothing, None where the device would have to be waited for."""
+    return grad.detach() != 0 if grad.device.type == "cpu" else None
+
+
+def close_gaps(rows: Tensor, keep: Tensor, max_bytes: int) -> Tensor:
+    """Move the rows of `rows [R, C]` that `keep [R]` (host) names to the front, in place; the old places [k] of these.
+
+    A gap is filled with a row from the end, so at most half of the rows move. `max_bytes` bounds the copies in flight.
+    """
+    count, place = int(keep.sum()), torch.arange(keep.numel())
+    gaps, tail = place[:count][~keep[:count]], place[count:][keep[count:]]
+    order = place[:count].clone()
+    order[gaps] = tail
+    gaps, tail = gaps.to(rows.device), tail.to(rows.device)
+    step = max(1, max_bytes // max(rows.shape[1] * rows.element_size(), 1))
+    for a in range(0, gaps.numel(), step):
+        rows.index_copy_(0, gaps[a : a + step], rows.index_select(0, tail[a : a + step]))
+    return order.to(rows.device)
 
 
 def whole_sequence(hidden: Tensor, options: LinearOptions) -> Tensor:

@@ -11,16 +11,16 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megafuse.kernels._collectives import gather_ranks
-from megafuse.kernels._linear_parts import HiddenGradient, LinearOptions, WeightGradient, whole_sequence
+from megafuse.kernels._linear_parts import LinearOptions, WeightGradient, Workspace, close_gaps
 from megafuse.kernels._triton_gemm import exp_product
 from megafuse.kernels._triton_linear import (
     bind_gradient,
@@ -84,16 +84,21 @@ def cut(rows: int, fit: int, tile: int) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(borders)]
 
 
+def row_stride(columns: int) -> int:
+    """Elements from one row of E to the next: TMA wants rows on 16-byte borders."""
+    return triton.cdiv(max(columns, 1), 64) * 64
+
+
 class Product:
     """Launches the large product for chunks of rows, on one workspace."""
 
-    def __init__(self, x: Tensor, weight: Tensor, targets: Tensor, options: LinearOptions):
-        keep = options.gradient
+    def __init__(self, x: Tensor, weight: Tensor, targets: Tensor, options: LinearOptions, space: Workspace):
+        keep, self.space = options.gradient, space
         self.x, self.weight, self.targets, self.options = x, weight, targets, options
         self.head = options.head
         self.tiles = plan(x, weight, options.entropy)
         self.count = triton.cdiv(self.head.columns, self.tiles.bn)  # column tiles
-        self.stride = triton.cdiv(max(self.head.columns, 1), 64) * 64  # TMA wants rows of E on 16-byte borders
+        self.stride = row_stride(self.head.columns)
         row_bytes = self.stride * x.element_size() if keep else 12 * max(self.count, 1)
         self.chunks = cut(x.shape[0], options.workspace_bytes // row_bytes, self.tiles.bm)
         self.e = self.workspace() if keep else None
@@ -102,11 +107,12 @@ class Product:
     def workspace(self) -> Tensor:
         """Memory for E of the largest chunk, the last one."""
         last = self.chunks[-1] if self.chunks else slice(0, 0)
-        return self.x.new_empty((last.stop - last.start, self.stride))
+        return self.space.take(last.stop - last.start, self.stride, self.x)
 
     def release(self) -> None:
         """Give the workspace back: the graph may live on, and a second backward computes again."""
         self.e = self.held = None
+        self.space = Workspace()
 
     def exponentials(self, rows: slice) -> Tensor:
         """The workspace [R, columns] that holds E of a chunk."""
@@ -225,18 +231,28 @@ def gather_targets(hidden: Tensor, weight: Tensor, targets: Tensor, options: Lin
     return x, z if head.group is None else gather_ranks(z, head.group).amax(0)
 
 
-class TritonLinearLogprobs(torch.autograd.Function):
-    """The Triton twin of `_logprob_torch.LinearLogprobs`; a row that predicts several targets is computed for each."""
+class TritonRows:
+    """`HeadRows` in Triton; a row that predicts several targets is computed for each."""
+
+    def __init__(self, full: Tensor, weight: Tensor, targets: Tensor, options: LinearOptions, space: Workspace):
+        self.weight, self.targets, self.options = weight, targets.contiguous(), options
+        with on_device(full):
+            self.x, self.z = gather_targets(full.contiguous(), weight, self.targets, options)
+            self.product = Product(self.x, weight, self.targets, options, space)
+        self.anchors = self.saved = self.z
+        self.parts = len(self.product.chunks)
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: LinearOptions
-    ) -> tuple[Tensor, Tensor]:
-        head, targets = options.head, targets.contiguous()
-        with on_device(hidden):
-            x, z = gather_targets(whole_sequence(hidden, options).contiguous(), weight, targets, options)
-            product = Product(x, weight, targets, options)
-            n = targets.shape[0]
+    def fit(weight: Tensor, workspace_bytes: int) -> int:
+        """See `HeadRows`."""
+        rows = max(1, workspace_bytes // (row_stride(weight.shape[0]) * weight.element_size()))
+        return rows // Tiles.bm * Tiles.bm or rows
+
+    def logprobs(self) -> tuple[Tensor, Tensor]:
+        """See `HeadRows`."""
+        options, head, z, product = self.options, self.options.head, self.z, self.product
+        n = self.targets.shape[0]
+        with on_device(z):
             stats = z.new_zeros((3 if options.entropy else 2, n))
             anchors, sums = stats[0], stats[1]
             anchors.copy_(z.masked_fill(z == -torch.inf, 0))
@@ -253,52 +269,72 @@ class TritonLinearLogprobs(torch.autograd.Function):
                     ENTROPY=options.entropy,
                     BLOCK=ROWS,
                 )
-        ctx.save_for_backward(x, weight, targets, anchors, saved)
-        ctx.options, ctx.hidden_rows = options, hidden.shape[0]
-        ctx.product = product if options.gradient else None
-        ctx.mark_non_differentiable(entropy)
+        self.anchors, self.saved = anchors, saved
         return logp, entropy
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, targets, anchors, saved = ctx.saved_tensors
-        options, product = ctx.options, ctx.product
-        head, rows = options.head, options.rows
-        need_x, need_w = ctx.needs_input_grad[:2]
-        grad = grad.contiguous()
-        v = torch.empty_like(anchors)
-        folded = torch.float32 if head.group is not None else None
-        dx = HiddenGradient(x, options, ctx.hidden_rows, folded) if need_x else None
-        dw = WeightGradient(weight, head.columns, len(product.chunks), options.main_grad) if need_w else None
-        dense = torch.empty_like(x) if need_x else x  # E W of each target
+    def gradients(
+        self,
+        grad: Tensor,
+        dx: Tensor | None,
+        dw: WeightGradient | None,
+        then: Callable[[], None],
+        keep: Tensor | None = None,
+    ) -> None:
+        """See `HeadRows`."""
+        product, x = self.product, self.x
+        grad, v = grad.contiguous(), torch.zeros_like(self.anchors)
+        dense = torch.empty_like(x) if dx is not None else x  # E W of each target
         with on_device(x):
             for part in reversed(product.chunks):  # the last chunk's E is still there
-                if product.held != part:
-                    product.again(part, anchors)
-                e = product.exponentials(part)
-                scaled = torch.empty_like(x[part]) if dw is not None else x[part]
-                bind_gradient[(e.shape[0],)](
-                    *(e, e.stride(0), x[part], scaled, v[part], targets[part], grad[part], saved[0, part]),
-                    *(saved[1, part], x.shape[1], head.start, head.columns, 1.0 / head.temperature),
-                    SCALED=dw is not None,
-                    BLOCK=min(triton.next_power_of_2(x.shape[1]), 2048),
-                )
-                if dx is not None:
-                    torch.mm(e, weight[: head.columns], out=dense[part])
-                    if part.start == 0:
-                        _fold(dense, v, rows.row, dx.local)
-                        dx.start()  # the ranks' parts travel while the weight's gradient is computed
-                if dw is not None:
+                kept = None if keep is None else keep[part]
+                if kept is None or bool(kept.any()):
+                    e, scaled, order = self._bind(part, grad, v, dw is not None, kept)
+                    if dx is not None and order is not None:  # rows that were dropped have v = 0 and are not read
+                        dense[part].index_copy_(0, order, torch.mm(e, self._columns()))
+                    elif dx is not None:
+                        torch.mm(e, self._columns(), out=dense[part])
+                if part.start == 0:
+                    self._finish_hidden(dense, v, dx, then)
+                if dw is not None and (kept is None or bool(kept.any())):
                     dw.add(e, scaled)
+            if not product.chunks:
+                self._finish_hidden(dense, v, dx, then)
         product.release()
-        if dx is not None and not product.chunks:
-            dx.start()  # without targets: zeros, but the collective is the other ranks' too
-        return dx.finish() if dx is not None else None, dw.result() if dw is not None else None, None, None
+
+    def _columns(self) -> Tensor:
+        return self.weight[: self.options.head.columns]
+
+    def _bind(
+        self, part: slice, grad: Tensor, v: Tensor, scale: bool, kept: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(the exponentials of the part with its coefficients in `v`, `v x`, the places of their rows in the part)."""
+        product, x, head = self.product, self.x, self.options.head
+        if product.held != part:
+            product.again(part, self.anchors)
+        e = product.exponentials(part)
+        scaled = torch.empty_like(x[part]) if scale else x[part]
+        bind_gradient[(e.shape[0],)](
+            *(e, e.stride(0), x[part], scaled, v[part], self.targets[part], grad[part], self.saved[0, part]),
+            *(self.saved[1, part], x.shape[1], head.start, head.columns, 1.0 / head.temperature),
+            SCALED=scale,
+            BLOCK=min(triton.next_power_of_2(x.shape[1]), 2048),
+        )
+        if kept is None or bool(kept.all()):
+            return e, scaled, None
+        order = close_gaps(e, kept, self.options.workspace_bytes // 32)
+        product.held = None
+        return e[: order.numel()], scaled[order], order
+
+    def _finish_hidden(self, dense: Tensor, v: Tensor, dx: Tensor | None, then: Callable[[], None]) -> None:
+        if dx is not None:
+            _fold(dense, v, self.options.rows.row, dx)
+        then()
 
 
 def _fold(dense: Tensor, v: Tensor, row: Tensor | None, out: Tensor) -> None:
     """`out [U, H]`: the products `dense [T, H]` times `v [T]`, added up where targets share a row."""
+    if not out.shape[0]:
+        return
     order = ends = v
     if row is not None:
         ranked, order = torch.sort(row, stable=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megafuse.kernels._linear_parts import HiddenGradient, LinearOptions, WeightGradient, whole_sequence
+from megafuse.kernels._linear_parts import LinearOptions, WeightGradient, Workspace, close_gaps
 from megafuse.kernels._segments import pair_sums, segment_sums
 from megafuse.kernels._vocab_softmax import (
     Head,
@@ -87,78 +88,124 @@ class _Chunks:
         assert self.flat is not None
         return self.flat[: rows * self.head.columns].view(rows, self.head.columns)
 
-    def slots(self, first: int, rows: int, row: Tensor, targets: Tensor) -> Tensor:
-        """Indices into `flat` [T] of the targets in the chunk; the spare element for the others."""
+    def slots(self, first: int, rows: int, row: Tensor, targets: Tensor, place: Tensor | None = None) -> Tensor:
+        """Indices into `flat` [T] of the targets in the chunk; the spare element for the others.
+
+        `place [rows]`: where the chunk's rows were moved to, -1 for those that were given up.
+        """
         column, owned = self.head.local(targets)
         inside = owned & (row >= first) & (row < first + rows)
-        return torch.where(inside, (row - first) * self.head.columns + column, rows * self.head.columns)
+        local = row - first
+        if place is not None:
+            local = torch.where(inside, place[local.clamp(0, rows - 1)], -1)
+            inside &= local >= 0
+        return torch.where(inside, local * self.head.columns + column, rows * self.head.columns)
 
 
-class LinearLogprobs(torch.autograd.Function):
-    """Log-probs from hidden [T_h, H] and weight [V_local, H], the logits existing one chunk at a time."""
+class TorchRows:
+    """`HeadRows` in plain PyTorch: the logits of distinct rows exist one chunk at a time, and become their gradient."""
+
+    def __init__(self, full: Tensor, weight: Tensor, targets: Tensor, options: LinearOptions, space: Workspace):
+        rows = options.rows
+        self.weight, self.targets, self.options = weight, targets, options
+        self.x = full if rows.rows is None else full.index_select(0, rows.rows)
+        self.row = torch.arange(rows.count, device=full.device) if rows.row is None else rows.row
+        self.found: TargetStats | None = None
+        self.kept: Tensor | None = None  # the logits, where they are one chunk
+        self.parts = len(self._chunks().starts)
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: LinearOptions
-    ) -> tuple[Tensor, Tensor]:
-        head, rows = options.head, options.rows
-        full = whole_sequence(hidden, options)
-        x = full if rows.rows is None else full.index_select(0, rows.rows)
-        row = torch.arange(rows.count, device=x.device) if rows.row is None else rows.row
-        chunks = _Chunks(x, weight, head, options.workspace_bytes)
-        stats = RowStats.empty(rows.count, x, entropy=options.entropy)
-        raw = torch.zeros(targets.shape, dtype=compute_dtype(x), device=x.device)
+    def fit(weight: Tensor, workspace_bytes: int) -> int:
+        """See `HeadRows`; `Scratch` gets up to a quarter."""
+        return max(1, workspace_bytes * 3 // 4 // max(weight.shape[0] * weight.element_size(), 1))
+
+    def _chunks(self) -> _Chunks:
+        return _Chunks(self.x, self.weight, self.options.head, self.options.workspace_bytes)
+
+    def logprobs(self) -> tuple[Tensor, Tensor]:
+        """See `HeadRows`."""
+        head, chunks, targets = self.options.head, self._chunks(), self.targets
+        stats = RowStats.empty(self.x.shape[0], self.x, entropy=self.options.entropy)
+        raw = torch.zeros(targets.shape, dtype=compute_dtype(self.x), device=self.x.device)
         for first in chunks.starts:
             z = chunks.logits(first)
             add_row_stats(stats, first, z, chunks.scratch)
             assert chunks.flat is not None
             chunks.flat[z.numel()] = 0  # what targets of other chunks and ranks read
-            raw += chunks.flat[chunks.slots(first, z.shape[0], row, targets)]
-        found = merge(stats, row, raw, targets, head)
-        # Without a backward (no_grad, frozen inputs) autograd drops ctx, and all this with it, on return.
-        ctx.save_for_backward(x, weight, targets, found.largest, found.target, found.total, found.x)
-        ctx.options, ctx.hidden_rows = options, hidden.shape[0]
-        # One chunk: its logits are kept, and backward turns them into the gradient in place.
-        ctx.kept = chunks.flat if len(chunks.starts) == 1 else None
-        entropy = stats.entropies(head)[row] if options.entropy else raw.new_empty(0)
-        ctx.mark_non_differentiable(entropy)
-        return found.logp(), entropy
+            raw += chunks.flat[chunks.slots(first, z.shape[0], self.row, targets)]
+        self.found = merge(stats, self.row, raw, targets, head)
+        # One chunk: its logits are kept, and `gradients` turns them into the gradient in place.
+        self.kept = chunks.flat if self.parts == 1 and self.options.gradient else None
+        entropy = stats.entropies(head)[self.row] if self.options.entropy else raw.new_empty(0)
+        return self.found.logp(), entropy
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, targets, *saved = ctx.saved_tensors
-        options, found = ctx.options, TargetStats(*saved)
-        head, rows = options.head, options.rows
-        need_x, need_w = ctx.needs_input_grad[:2]
-        row = torch.arange(rows.count, device=x.device) if rows.row is None else rows.row
+    def gradients(
+        self,
+        grad: Tensor,
+        dx: Tensor | None,
+        dw: WeightGradient | None,
+        then: Callable[[], None],
+        keep: Tensor | None = None,
+    ) -> None:
+        """See `HeadRows`."""
+        assert self.found is not None
+        x = self.x
+        largest, scale, at_target = self._coefficients(grad, self.found)
+        wanted = self._rows_with(keep)
+        chunks = self._chunks()
+        chunks.flat, self.kept = self.kept, None  # overwritten below: a second backward computes the logits again
+        have = chunks.flat is not None
+        for first in chunks.starts:
+            part = slice(first, min(first + chunks.size, x.shape[0]))
+            mask = None if wanted is None else wanted[part]
+            z = h = None
+            place: Tensor | None = None
+            if mask is None or bool(mask.any()):
+                z = chunks.view(part.stop - first) if have else chunks.logits(first)
+                h, top, factor = x[part], largest[part], scale[part]
+                if mask is not None and not bool(mask.all()):
+                    order = close_gaps(z, mask, self.options.workspace_bytes // 32)
+                    z, h, top, factor = z[: order.numel()], h[order], top[order], factor[order]
+                    place = torch.full(mask.shape, -1, device=x.device)
+                    place[order] = torch.arange(order.numel(), device=x.device)
+                gradient_rows(z, z, top, factor, chunks.scratch)
+                assert chunks.flat is not None
+                chunks.flat[chunks.slots(first, part.stop - first, self.row, self.targets, place)] = at_target
+            if dx is not None:
+                _fill(dx[part], z, chunks.weight, place)
+            if part.stop == x.shape[0]:
+                then()
+            if dw is not None and z is not None and h is not None:
+                dw.add(z, h)
+
+    def _coefficients(self, grad: Tensor, found: TargetStats) -> tuple[Tensor, Tensor, Tensor]:
+        """(`largest` and `scale` of each row, as `gradient_rows` takes them, and the gradient at each target)."""
+        head, rows = self.options.head, self.options.rows
         pair = total = grad.double()
         largest, scale = found.largest, -grad / (head.temperature * found.total)
         if rows.row is not None and rows.first is not None:
-            by_row, _ = segment_sums(grad, row, rows.count)
-            total = by_row[row]
-            pair = pair_sums(grad, (row << 32) + targets.long())
+            by_row, _ = segment_sums(grad, self.row, rows.count)
+            total = by_row[self.row]
+            pair = pair_sums(grad, (self.row << 32) + self.targets.long())
             largest = largest[rows.first]
             scale = (-by_row / (head.temperature * found.total[rows.first])).to(scale.dtype)
-        at_target = gradient_at_targets(found, pair, total, head).to(x.dtype)
+        return largest, scale, gradient_at_targets(found, pair, total, head).to(self.x.dtype)
 
-        chunks = _Chunks(x, weight, head, options.workspace_bytes)
-        kept, ctx.kept = ctx.kept, None  # overwritten below: a second backward computes the logits again
-        dx = HiddenGradient(x, options, ctx.hidden_rows) if need_x else None
-        dw = WeightGradient(weight, head.columns, len(chunks.starts), options.main_grad) if need_w else None
-        for first in chunks.starts:
-            if kept is not None:
-                chunks.flat, z = kept, kept[:-1].view(x.shape[0], head.columns)
-            else:
-                z = chunks.logits(first)
-            part = slice(first, first + z.shape[0])
-            gradient_rows(z, z, largest[part], scale[part], chunks.scratch)
-            assert chunks.flat is not None
-            chunks.flat[chunks.slots(first, z.shape[0], row, targets)] = at_target
-            if dx is not None:
-                torch.mm(z, chunks.weight, out=dx.local[part])
-                if part.stop == x.shape[0]:
-                    dx.start()  # the ranks' parts travel while the weight's gradient is computed
-            if dw is not None:
-                dw.add(z, x[part])
-        return dx.finish() if dx is not None else None, dw.result() if dw is not None else None, None, None
+    def _rows_with(self, keep: Tensor | None) -> Tensor | None:
+        """Which distinct rows [U] (host) predict a target of `keep`; None: all of them."""
+        if keep is None or bool(keep.all()):
+            return None
+        wanted = torch.zeros(self.x.shape[0], dtype=torch.bool)
+        wanted[self.row.cpu()[keep]] = True
+        return wanted
+
+
+def _fill(out: Tensor, z: Tensor | None, weight: Tensor, place: Tensor | None) -> None:
+    """`out [R, H] = z @ weight`; with `place [R]`, row r is `place[r]` of the product, and 0 where that is -1."""
+    if z is None:
+        out.zero_()
+    elif place is None:
+        torch.mm(z, weight, out=out)
+    else:
+        inside = place >= 0
+        out.copy_(torch.where(inside[:, None], torch.mm(z, weight)[place.clamp(min=0)], 0))

@@ -8,15 +8,16 @@ The `triton` backend (CUDA, where `auto` takes it) never rounds logits at all: d
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megafuse.errors import ConfigError, DataError
+from megafuse.kernels._linear_autograd import LinearLogprobs, rows_of
 from megafuse.kernels._linear_parts import LinearOptions, RowMap
-from megafuse.kernels._logprob_torch import LinearLogprobs, VocabParallelLogprobs
+from megafuse.kernels._logprob_torch import VocabParallelLogprobs
 from megafuse.kernels._segments import segment_logprobs
 from megafuse.kernels._vocab_softmax import Head, compute_dtype
 from megafuse.kernels.backend import choose
@@ -62,7 +63,7 @@ def vocab_parallel_logprobs(
         logp = TritonVocabParallelLogprobs.apply(logits, targets, head, inplace_backward)
     else:
         logp = VocabParallelLogprobs.apply(logits, targets, head, inplace_backward)
-    return _owned_somewhere(logp, targets, head, vocab_size)
+    return owned_somewhere(logp, targets, head, vocab_size)
 
 
 def linear_logprobs(
@@ -124,7 +125,8 @@ def linear_logprobs_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """`linear_logprobs` and, from the same product, the entropy [T] in nats of the distribution behind each target.
 
-    The entropy has no gradient. Options and errors: those of `linear_logprobs`.
+    The entropy is a measurement, without a gradient: `detach()` it where it is recorded. A backward that reaches it
+    raises ConfigError. Options and other errors: those of `linear_logprobs`.
     """
     return _linear(hidden, weight, targets, entropy=True, **options)
 
@@ -147,6 +149,31 @@ def _linear(
     accumulate: str = "grad",
 ) -> tuple[Tensor, Tensor]:
     """(log-probs [T], entropies [T] or [0])."""
+    options, chosen = prepare(
+        *(hidden, weight, targets, entropy, row_index, vocab_start, tp_group, sequence_parallel),
+        *(temperature, softcap, workspace_bytes, backend, vocab_size, accumulate),
+    )
+    logp, entropies = LinearLogprobs.apply(hidden, weight, targets, options, rows_of(chosen))
+    return owned_somewhere(logp, targets, options.head, vocab_size), entropies
+
+
+def prepare(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    entropy: bool,
+    row_index: Tensor | None,
+    vocab_start: int,
+    tp_group: dist.ProcessGroup | None,
+    sequence_parallel: bool,
+    temperature: float,
+    softcap: float | None,
+    workspace_bytes: int,
+    backend: str,
+    vocab_size: int | None,
+    accumulate: str,
+) -> tuple[LinearOptions, Literal["torch", "triton"]]:
+    """The arguments of `linear_logprobs`, checked (see there for the errors), and the backend that will run."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.ndim != 1:
         raise ConfigError(
             f"hidden {list(hidden.shape)} must be [T_h, H], weight {list(weight.shape)} [V, H], "
@@ -160,19 +187,13 @@ def _linear(
     head = _head(weight.shape[0], vocab_start, vocab_size, tp_group, temperature, softcap)
     _check_targets(targets, head, vocab_size)
     sequence = hidden.shape[0] * (head.group.size() if sequence_parallel and head.group is not None else 1)
-    rows = _row_map(row_index, targets, sequence, hidden.device)
+    rows = row_map(row_index, targets, sequence, hidden.device)
     main_grad = _into_main_grad(weight, accumulate)
+    chosen = choose(backend, hidden.device, hidden.dtype)
+    if chosen == "triton" and weight.numel() and weight.stride(1) != 1:
+        raise ConfigError(f"weight has strides {weight.stride()}: its rows must be contiguous (stride 1)")
     gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    options = LinearOptions(head, rows, sequence_parallel, workspace_bytes, entropy, main_grad, gradient)
-    if choose(backend, hidden.device, hidden.dtype) == "triton":
-        if weight.numel() and weight.stride(1) != 1:
-            raise ConfigError(f"weight has strides {weight.stride()}: its rows must be contiguous (stride 1)")
-        from megafuse.kernels._linear_triton import TritonLinearLogprobs
-
-        logp, entropies = TritonLinearLogprobs.apply(hidden, weight, targets, options)
-    else:
-        logp, entropies = LinearLogprobs.apply(hidden, weight, targets, options)
-    return _owned_somewhere(logp, targets, head, vocab_size), entropies
+    return LinearOptions(head, rows, sequence_parallel, workspace_bytes, entropy, main_grad, gradient), chosen
 
 
 def _into_main_grad(weight: Tensor, accumulate: str) -> bool:
@@ -234,15 +255,16 @@ def _check_targets(targets: Tensor, head: Head, vocab_size: int | None) -> None:
         raise DataError(f"target id {bad} is outside the vocabulary of {size or 'all shards'} ids (from {floor})")
 
 
-def _owned_somewhere(logp: Tensor, targets: Tensor, head: Head, vocab_size: int | None) -> Tensor:
-    """Refuse ids that no rank owns, where the vocabulary's size was not given: known after the collective."""
+def owned_somewhere(logp: Tensor, targets: Tensor, head: Head, vocab_size: int | None) -> Tensor:
+    """`logp`; ids that no rank owns are refused, if no `vocab_size` was given: they are known after the collective."""
     if vocab_size is None and head.group is not None and logp.device.type == "cpu" and bool((logp == -torch.inf).any()):
         bad = int(targets[logp == -torch.inf][0])
         raise DataError(f"target id {bad} has log-prob -inf: no rank's vocabulary shard holds it, or its logit is -inf")
     return logp
 
 
-def _row_map(row_index: Tensor | None, targets: Tensor, sequence: int, device: torch.device) -> RowMap:
+def row_map(row_index: Tensor | None, targets: Tensor, sequence: int, device: torch.device) -> RowMap:
+    """Distinct rows of the `sequence` hidden rows that predict the targets. Errors: see `linear_logprobs`."""
     if row_index is None:
         if targets.shape[0] != sequence:
             raise ConfigError(f"{targets.shape[0]} targets for {sequence} hidden rows: pass row_index")

@@ -16,6 +16,7 @@ from megafuse.config.train import ParallelConfig
 from megafuse.data.dataset import GroupDataset
 from megafuse.data.types import Group
 from megafuse.errors import ConfigError, DataError
+from megafuse.kernels.group_loss import Blocks
 from megafuse.kernels.packing import group_cost, group_tokens, pack_batch
 from megafuse.losses.types import Terms
 from megafuse.model.arch import ModelArch
@@ -36,6 +37,8 @@ class Row:
     terms: Terms
     groups: tuple[int, ...]  # g positions in the data set
     responses: tuple[int, ...]  # g numbers of responses
+    blocks: Blocks  # where the LM head may cut the row, and the targets of each response on each context-parallel rank
+    idle: bool  # some response has no weight in any term
 
     @property
     def num_responses(self) -> int:
@@ -270,6 +273,9 @@ def build_row(groups: Sequence[Group], *, prefix_sharing: bool, row_tokens: int)
     if row.length > row_tokens:
         raise ValueError(f"{row.length} tokens do not fit a row of {row_tokens}")
     padding = row_tokens - row.length
+    flat = _members(members)
+    weight = np.concatenate([np.zeros(0), *weights]).astype(np.float32)
+    lengths = [len(response) for group in groups for response in group.responses]
     return Row(
         tokens=_ints([*row.tokens, np.zeros(padding)])[None],
         positions=_ints([*row.positions, np.zeros(padding)]),
@@ -281,14 +287,27 @@ def build_row(groups: Sequence[Group], *, prefix_sharing: bool, row_tokens: int)
         target_response=_ints(target_response),
         rewards=torch.from_numpy(np.concatenate([np.zeros(0), *rewards])).float(),
         terms=Terms(
-            _members(members),
-            torch.from_numpy(np.concatenate([np.zeros(0), *weights])).float(),
+            flat,
+            torch.from_numpy(weight),
             _ints(term_group),
             len(groups),
         ),
         groups=tuple(group.index for group in groups),
         responses=tuple(len(group.responses) for group in groups),
+        blocks=Blocks(torch.tensor([lengths], dtype=torch.int64), block_sizes(flat.numpy(), count)),
+        idle=len(np.setdiff1d(np.arange(count), flat.numpy()[weight > 0])) > 0,
     )
+
+
+def block_sizes(members: np.ndarray, responses: int) -> tuple[int, ...]:
+    """Sizes of the shortest runs of `responses` responses that no term of `members` [m, k] (-1 pads) leaves."""
+    present = members >= 0
+    first, last = np.where(present, members, responses).min(1, initial=responses), members.max(1, initial=-1)
+    spans = np.zeros(responses + 1, np.int64)
+    np.add.at(spans, first[present.any(1)], 1)
+    np.add.at(spans, last[present.any(1)], -1)
+    ends = np.flatnonzero(spans.cumsum()[:responses] == 0)  # no term holds a response and its successor together
+    return tuple(np.diff(ends, prepend=-1).tolist())
 
 
 def _ints(parts: list[np.ndarray]) -> Tensor:

@@ -66,4 +66,11 @@ def local_row(row: Row, rank: int, ways: int) -> Row:
         targets=row.targets[here],
         target_rows=torch.searchsorted(places, row.target_rows[here]),
         target_response=row.target_response[here],
+        blocks=replace(row.blocks, counts=_counts(row, owner, ways)),
     )
+
+
+def _counts(row: Row, owner: Tensor, ways: int) -> Tensor:
+    """How many targets of each response each rank's places predict. [ways, n] int64"""
+    at = owner[row.target_rows].long() * row.num_responses + row.target_response
+    return torch.bincount(at, minlength=ways * row.num_responses).view(ways, row.num_responses)

@@ -45,6 +45,11 @@ class Loss:
             return fused_loss(self.name, sums, terms, **settings)
         return LOSSES[self.name][0](sums, terms, **settings)
 
+    @property
+    def vanishes(self) -> bool:
+        """Whether the gradient of a response that has weight may be exactly 0: equal rewards, clipped ratios."""
+        return self.name == "rloo"
+
     def denominator(self, members: np.ndarray, weights: np.ndarray, lengths: np.ndarray) -> float:
         """What one group adds to the denominator of the global batch: 1, or sum_i w_i |y_i| for sft's `token_mean`.
 

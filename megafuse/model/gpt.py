@@ -7,6 +7,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megafuse.kernels.group_loss import GroupLoss, linear_group_loss
 from megafuse.kernels.logprob import linear_logprobs
 from megafuse.model.rope import RowRotary
 
@@ -47,8 +48,12 @@ class FusionGPT(GPTModel):
         layout: Tensor,  # [2 or 3, t] int32: segment and parent of each place, -1 pads; under CP also its owner
         targets: Tensor,  # [n] int64: response tokens that this rank's places predict
         target_rows: Tensor,  # [n] int64: the place among this rank's whose hidden state predicts each target
-    ) -> Tensor:
-        """Log-probs of the targets [n] float32 on the last stage, hidden states [t / cp, 1, h] on the others."""
+        groups: GroupLoss | None = None,
+    ) -> Any:
+        """Log-probs of the targets [n] float32 on the last stage, hidden states [t / cp, 1, h] on the others.
+
+        With `groups`, the last stage takes the loss of the row too: what `linear_group_loss` returns.
+        """
         self.rotary_pos_emb.positions = positions
         packed = packed_params(layout) if self.attention == "te" else None
         hidden = super().forward(tokens, positions[None], layout, packed_seq_params=packed)
@@ -56,22 +61,24 @@ class FusionGPT(GPTModel):
             return hidden
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        return self.output_layer(hidden[:, 0], weight, targets, target_rows)
+        return self.output_layer(hidden[:, 0], weight, targets, target_rows, groups)
 
-    def _logprobs(self, hidden: Tensor, weight: Tensor, targets: Tensor, target_rows: Tensor) -> Tensor:
+    def _logprobs(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, target_rows: Tensor, groups: GroupLoss | None
+    ) -> Any:
         tp = self.pg_collection.tp
-        return linear_logprobs(
-            hidden,
-            weight,
-            targets,
-            row_index=target_rows,
-            vocab_start=tp.rank() * weight.size(0),
-            tp_group=tp if tp.size() > 1 else None,
-            sequence_parallel=self.config.sequence_parallel,
-            softcap=self.final_softcap,
-            accumulate="auto",
-            vocab_size=self.true_vocab_size,
-        )
+        options: dict[str, Any] = {
+            "row_index": target_rows,
+            "vocab_start": tp.rank() * weight.size(0),
+            "tp_group": tp if tp.size() > 1 else None,
+            "sequence_parallel": self.config.sequence_parallel,
+            "softcap": self.final_softcap,
+            "accumulate": "auto",
+            "vocab_size": self.true_vocab_size,
+        }
+        if groups is not None:
+            return linear_group_loss(hidden, weight, targets, groups, **options)
+        return linear_logprobs(hidden, weight, targets, **options)
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """mcore would apply the LM head to every position here; `forward` does it for response targets only."""

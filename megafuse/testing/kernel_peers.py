@@ -7,7 +7,7 @@ a scalar loss where that is all it offers (`mean_only`). Peers are imported when
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,6 +77,74 @@ def ours(backend: str) -> Iterator[Provider]:
 
     yield Provider(f"megafuse-{backend}", "logits", logits)
     yield Provider(f"megafuse-{backend}", "linear", linear)
+
+
+RESPONSE_TOKENS = 512  # of a response of the preference loss, about
+
+
+def response_lengths(tokens: int) -> list[int]:
+    """Nearly equal lengths of an even number of responses."""
+    count = 2 * max(round(tokens / (2 * RESPONSE_TOKENS)), 1)
+    return [tokens * (i + 1) // count - tokens * i // count for i in range(count)]
+
+
+def preference(backend: str) -> Iterator[Provider]:
+    """SimPO on pairs of responses, with the loss inside the head's loop, and behind the log-probs of the whole row."""
+    from megafuse.config.loss import LossConfig
+    from megafuse.kernels.group_loss import Blocks, GroupLoss, linear_group_loss
+    from megafuse.kernels.logprob import linear_logprobs, segment_logprobs
+    from megafuse.losses.registry import make_loss
+    from megafuse.losses.types import ResponseSums, Terms
+
+    loss = make_loss(LossConfig(name="simpo", beta=2.0, gamma=0.5))
+
+    def value(sums: Tensor, lengths: Tensor, part: slice) -> tuple[Tensor, Any]:
+        pairs = (part.stop - part.start) // 2
+        number = torch.arange(pairs, device=sums.device)
+        terms = Terms(torch.arange(2 * pairs, device=sums.device).view(-1, 2), torch.ones_like(number), number, pairs)
+        given = ResponseSums(sums[part], lengths[part], torch.zeros_like(sums[part]), None)
+        losses, metrics = loss(given, replace(terms, weights=terms.weights.float()), 0.0)
+        return losses.mean(), metrics
+
+    def inside(o: Operands) -> Tensor:
+        lengths = torch.tensor([response_lengths(len(o.targets))])
+        groups = GroupLoss(value, Blocks(lengths, (2,) * (lengths.shape[1] // 2)), vanishes=False)
+        options: dict[str, Any] = {"row_index": o.rows, "softcap": o.shape.softcap, "backend": backend}
+        return linear_group_loss(o.hidden, o.weight, o.targets, groups, **options)[0]
+
+    def behind(o: Operands) -> Tensor:
+        logp = linear_logprobs(
+            o.hidden, o.weight, o.targets, row_index=o.rows, softcap=o.shape.softcap, backend=backend
+        )
+        lengths = torch.tensor(response_lengths(len(o.targets)))
+        ids = torch.repeat_interleave(lengths).to(logp.device)
+        return value(*segment_logprobs(logp, ids, len(lengths)), slice(0, len(lengths)))[0]
+
+    yield Provider(f"megafuse-{backend}-simpo", "linear", inside, mean_only=True)
+    yield Provider(f"megafuse-{backend}-simpo-apart", "linear", behind, mean_only=True)
+
+
+def prediction(shape: Shape, rows: int, workspace_bytes: int = 1 << 30) -> dict[str, float]:
+    """Arithmetic, nothing measured: products of [rows, H] x [V, H] that a preference loss takes, and its workspace.
+
+    `inside` with the loss in the head's loop (`linear_group_loss`), `apart` behind `linear_logprobs`; chunks of pairs.
+    """
+    from megafuse.kernels._linear_triton import Tiles, TritonRows, cut, row_stride
+    from megafuse.kernels.group_loss import Blocks
+
+    weight = torch.empty((shape.vocab, shape.hidden), dtype=torch.bfloat16, device="meta")
+    fit = TritonRows.fit(weight, workspace_bytes)
+    counts = torch.tensor([response_lengths(rows)])
+    runs = [int(counts[0, run].sum()) for run in Blocks(counts, (2,) * (counts.shape[1] // 2)).cut(fit)]
+    last = cut(rows, fit, Tiles.bm)[-1]
+    lost = sum(max(run - fit, 0) for run in runs)
+    return {
+        "chunks": len(runs),
+        "products_inside": 3 + lost / rows,
+        "products_apart": 3 + (rows - (last.stop - last.start)) / rows,
+        "workspace_gb": min(max(runs), fit) * row_stride(shape.vocab) * 2 / 1e9,
+        "product_tflop": 2 * rows * shape.hidden * shape.vocab / 1e12,
+    }
 
 
 def _cap(logits: Tensor, softcap: float | None) -> Tensor:
@@ -218,6 +286,8 @@ def available() -> tuple[list[Provider], dict[str, str]]:
     sources: dict[str, Callable[[], Iterator[Provider]]] = {
         "megafuse-triton": lambda: ours("triton"),
         "megafuse-torch": lambda: ours("torch"),
+        "megafuse-triton-simpo": lambda: preference("triton"),
+        "megafuse-torch-simpo": lambda: preference("torch"),
         "torch-eager": lambda: eager(False),
         "torch-compile": lambda: eager(True),
         "torch-linear-ce": torch_linear_cross_entropy,

@@ -64,7 +64,7 @@ def run_linear(name: str, t: dict[str, Tensor], rows: slice, columns: slice, **m
     )
     logp.backward(t["grad"].to(logp.dtype))
     assert hidden.grad is not None and weight.grad is not None
-    return {"logp": logp.detach(), "entropy": entropy, "hidden": hidden.grad, "weight": weight.grad}
+    return {"logp": logp.detach(), "entropy": entropy.detach(), "hidden": hidden.grad, "weight": weight.grad}
 
 
 def run_logits(name: str, t: dict[str, Tensor], columns: slice, **more: Any) -> dict[str, Tensor]:

@@ -11,17 +11,18 @@ import torch
 from megafuse.config.parity import ParityConfig
 from megafuse.data import rows
 from megafuse.doctor.parity import Cell, parity_in_processes
-from megafuse.kernels.logprob import segment_logprobs
+from megafuse.kernels import group_loss
+from megafuse.kernels._segments import segment_logprobs
 from megafuse.losses.registry import Loss
 from megafuse.model import attention
-from megafuse.training import loop, step
+from megafuse.training import loop
 
 
 def _no_context_sum() -> tuple[Any, str, Any]:
     def partial_sums(*args: Any, cp_group: Any = None, **kwargs: Any) -> Any:
         return segment_logprobs(*args, **kwargs)
 
-    return step, "segment_logprobs", partial_sums
+    return group_loss, "segment_logprobs", partial_sums
 
 
 def _local_denominator() -> tuple[Any, str, Any]:

@@ -8,7 +8,6 @@ checkpoints can be compared.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from megafuse.losses.registry import Loss
 from megafuse.parallel.topology import Topology
 from megafuse.reference.cache import ReferenceLogps
 from megafuse.training.batch import batch_denominator, input_rows
-from megafuse.training.step import RowInput, forward_rows, reduce_metrics, row_loss, run_model
+from megafuse.training.step import RowInput, forward_rows, reduce_metrics, row_loss
 
 
 @dataclass(frozen=True)
@@ -98,9 +97,9 @@ def _forward(
 ) -> list[dict[str, Tensor]]:
     rows = input_rows(topology, held_out.data, plan, held_out.reference, prefix_sharing=prefix_sharing)
 
-    def forward_step(source: Iterator[RowInput], chunk: Any) -> tuple[Tensor, Any]:
+    def forward_step(source: Iterator[RowInput], chunk: Any) -> tuple[Any, Any]:
         item = next(source)
-        return run_model(chunk, item.row), partial(row_loss, loss, item, topology.cp_group, 1.0, 1.0)
+        return row_loss(chunk, item, loss, topology, 1.0, 1.0)
 
     with torch.no_grad():
         outputs: list[dict[str, Tensor]] = forward_rows(

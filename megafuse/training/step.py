@@ -1,7 +1,7 @@
 """One optimizer step: rows through mcore's schedule, the loss over response sums, an update that all ranks agree on."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megafuse.data.rows import Row
-from megafuse.kernels.logprob import segment_logprobs
+from megafuse.kernels.group_loss import GroupLoss
 from megafuse.losses.registry import Loss
 from megafuse.losses.types import ResponseSums
 from megafuse.parallel.topology import Topology
@@ -58,9 +58,11 @@ def forward_rows(
     )
 
 
-def run_model(model: Any, row: Row) -> Tensor:
-    """Log-probs [r] of the response tokens that this rank's places predict; hidden states before the last stage."""
-    return model(row.tokens, row.positions, row.layout, row.targets, row.target_rows)
+def run_model(model: Any, row: Row, groups: GroupLoss | None = None) -> Any:
+    """What `FusionGPT` gives for a row: on the last stage log-probs [r] of the response tokens that this rank's places
+    predict, or with `groups` (loss, report); hidden states before it.
+    """
+    return model(row.tokens, row.positions, row.layout, row.targets, row.target_rows, groups)
 
 
 def train_step(
@@ -112,26 +114,47 @@ def backward(
         chunk.zero_grad_buffer()
     engine.optimizer.zero_grad()
 
-    def forward_step(source: Iterator[RowInput], model: Any) -> tuple[Tensor, Any]:
+    def forward_step(source: Iterator[RowInput], model: Any) -> tuple[Any, Any]:
         item = next(source)
-        return run_model(model, item.row), partial(row_loss, loss, item, topology.cp_group, denominator, progress)
+        return row_loss(model, item, loss, topology, denominator, progress)
 
     return forward_rows(engine.model, rows, forward_step, lengths=lengths, forward_only=False)
 
 
 def row_loss(
-    loss: Loss, item: RowInput, cp_group: Any, denominator: float, progress: float, logps: Tensor
-) -> tuple[Tensor, Tensor, Any]:
-    """Loss of one row: (its part of the global loss, unused token count, metric sums).
+    model: Any, item: RowInput, loss: Loss, topology: Topology, denominator: float, progress: float
+) -> tuple[Any, Callable[[Any], Any]]:
+    """What mcore's schedule wants of a row: (the model's output, what makes (loss, token count, metric sums) of it)."""
+    groups = GroupLoss(
+        partial(_loss, loss, item, denominator, progress),
+        item.row.blocks,
+        topology.cp_group,
+        vanishes=loss.vanishes or item.row.idle,
+    )
+    return run_model(model, item.row, groups), _as_mcore_wants_it
 
-    Context-parallel ranks complete the sums before anything nonlinear sees them. Each then has the whole loss, and the
-    gradient with respect to its own tokens only; the sum over ranks that DDP takes is the whole gradient.
+
+def _loss(
+    loss: Loss, item: RowInput, denominator: float, progress: float, sums: Tensor, lengths: Tensor, part: slice
+) -> tuple[Tensor, Any]:
+    """Loss of the responses `part` of one row: (its share of the global loss, metric sums).
+
+    Context-parallel ranks have completed the sums before anything nonlinear sees them. Each then has the whole loss,
+    and the gradient with respect to its own tokens only; the sum over ranks that DDP takes is the whole gradient.
     """
-    row = item.row
-    sums, lengths = segment_logprobs(logps, row.target_response, row.num_responses, cp_group=cp_group)
-    per_group, metrics = loss(ResponseSums(sums, lengths, row.rewards, item.ref_logps), row.terms, progress)
+    row, terms = item.row, item.row.terms
+    if part.stop - part.start < row.num_responses:  # a term's responses are all of the part, or none is
+        last = terms.members.amax(1)
+        inside = (last >= part.start) & (last < part.stop)
+        terms = replace(terms, weights=torch.where(inside, terms.weights, 0))
+    per_group, metrics = loss(ResponseSums(sums, lengths, row.rewards, item.ref_logps), terms, progress)
     value = per_group.sum() / denominator
-    report = {"loss": torch.stack((value.detach(), torch.ones_like(value))), **metrics}
+    return value, {"loss": torch.stack((value.detach(), torch.ones_like(value))), **metrics}
+
+
+def _as_mcore_wants_it(output: tuple[Tensor, Any]) -> tuple[Tensor, Tensor, Any]:
+    """(loss, unused token count, metric sums) of what the last stage gave for a row."""
+    value, report = output
     return value, torch.zeros((), dtype=torch.int, device=value.device), report
 
 

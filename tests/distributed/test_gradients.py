@@ -6,6 +6,7 @@ import pytest
 
 from megafuse.config.parity import ParityConfig
 from megafuse.doctor.parity import Cell, parity_in_processes
+from megafuse.testing.chunked_parity import parity_in_chunks
 from megafuse.testing.distributed import run_distributed
 from megafuse.testing.mutations import MUTATIONS, parity_with_faults
 from megafuse.testing.parity import LOSSES
@@ -61,6 +62,15 @@ def test_sixteen_sources_with_eight_responses_each_stay_one_group() -> None:
     losses = ("sft", "ln_dpo", "rloo")
     asked = config(layouts=("dp",), losses=losses, sources=16, responses=8, groups=1)
     assert_equal_to_the_oracle(run_distributed(parity_in_processes, 1, asked)[0], ("dp",), losses)
+
+
+def test_rows_that_the_head_cuts_into_chunks() -> None:
+    """As every row of a real vocabulary is: the loss, and both gradients, between one chunk and the next."""
+    layouts, losses = ("dp", "tp2-sp", "cp2", "pp2-vpp2"), ("ln_dpo", "rloo")
+    asked = config(layouts=layouts, losses=losses, groups=5)
+    cells, chunks = run_distributed(parity_in_chunks, 2, asked, 12)[0]
+    assert_equal_to_the_oracle(cells, layouts, losses)
+    assert chunks > 2
 
 
 def test_the_suite_notices_the_silent_bugs() -> None:

@@ -210,6 +210,60 @@ def test_no_targets_and_masked_targets(device: torch.device) -> None:
     assert not dh.any() and not dw.any()
 
 
+def test_rows_of_exponentials_further_apart_than_2_to_the_31(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T x V > 2^31 elements of the workspace; only the pages of three rows are touched."""
+    from megafuse.kernels import _linear_triton
+
+    h, w, targets = (t.to(device) for t in hard_head(3, 96, 16, torch.bfloat16, confidence=6.0))
+    grad = torch.randn(3, device=device)
+    monkeypatch.setattr(_linear_triton, "row_stride", lambda columns: 2**30 + 64)
+    logp, _, dh, dw = run(h, w, targets, grad, workspace_bytes=1 << 34)
+    want = exact(h, w, targets, grad, torch.arange(3, device=device))
+    assert (logp - want[0]).abs().max() <= 1e-5
+    assert worst(dh, want[2]) < 2 * ULP_BF16 and worst(dw, want[3]) < 2 * ULP_BF16
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_entropy_refuses_a_gradient(backend: str, device: torch.device) -> None:
+    h, w, targets = (t.to(device) for t in hard_head(4, 20, 16, torch.float32))
+    h.requires_grad_()
+    logp, entropy = linear_logprobs_and_entropy(h, w, targets, backend=backend)
+    with pytest.raises(ConfigError, match=r"has no gradient: use entropy\.detach"):
+        (logp.sum() + 0.01 * entropy.sum()).backward()
+    logp, entropy = linear_logprobs_and_entropy(h, w, targets, backend=backend)
+    (logp.sum() + 0.01 * entropy.detach().sum()).backward()
+    plain = linear_logprobs(again := h.detach().clone().requires_grad_(), w, targets, backend=backend)
+    plain.sum().backward()
+    assert h.grad is not None and again.grad is not None and torch.equal(h.grad, again.grad)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_tokens_with_coefficient_0_are_not_read(backend: str, device: torch.device) -> None:
+    """On a CPU their rows are left out of the products of the gradients; infinite hidden states would show."""
+    h, w, targets = (t.to(device) for t in hard_head(12, 90, 16, torch.float32, confidence=6.0))
+    grad = torch.randn(12, device=device)
+    grad[[0, 3, 4, 11]] = 0
+    want = exact(h, w, targets, grad, torch.arange(12, device=device))
+    hidden, weight = h.clone().requires_grad_(), w.clone().requires_grad_()
+    logp = linear_logprobs(hidden, weight, targets, backend=backend, workspace_bytes=3000)
+    logp.backward(grad)
+    assert worst(hidden.grad, want[2]) < 2e-6 and worst(weight.grad, want[3]) < 2e-6  # type: ignore[arg-type]
+    assert hidden.grad is not None and not hidden.grad[[0, 3, 4, 11]].any()
+
+
+def test_a_weight_of_any_strides_in_torch() -> None:
+    h, w, targets = hard_head(6, 40, 16, torch.float32)
+    turned = w.t().contiguous().t()
+    assert turned.stride() == (1, 40)
+    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (w, turned)]
+    values = [linear_logprobs(h, leaf, targets, backend="torch") for leaf in leaves]
+    values[0].sum().backward()
+    values[1].sum().backward()
+    assert torch.allclose(*values, rtol=1e-6) and torch.allclose(leaves[0].grad, leaves[1].grad, atol=1e-6)
+
+
 def test_bad_input_is_named(device: torch.device) -> None:
     h, w, targets = (t.to(device) for t in hard_head(4, 20, 16, torch.float32))
     for match, call in (
@@ -218,6 +272,9 @@ def test_bad_input_is_named(device: torch.device) -> None:
             lambda: linear_logprobs(h, w.t().contiguous().t(), targets, backend="triton"),
         ),
         (r"float16 is not one of", lambda: linear_logprobs(h.half(), w.half(), targets, backend="triton")),
+        (r"hidden \[4, 16\] must be .* weight \[20, 15\]", lambda: linear_logprobs(h, w[:, :15], targets)),
+        (r"targets \[4, 1\] \[T\]", lambda: linear_logprobs(h, w, targets[:, None])),
+        (r"hidden is torch.float32 but weight is torch.bfloat16", lambda: linear_logprobs(h, w.bfloat16(), targets)),
         (r"weight is on meta", lambda: linear_logprobs(h, w.to("meta"), targets, backend="triton")),
         (r"targets are torch.float32", lambda: linear_logprobs(h, w, targets.float(), backend="triton")),
         (r"accumulate='x' is not known", lambda: linear_logprobs(h, w, targets, accumulate="x")),
