@@ -9,7 +9,15 @@ from pathlib import Path
 
 from megafuse.converters.dcp_writer import plan_files, write_torch_dist
 from megafuse.converters.digest import WeightsHasher
-from megafuse.converters.folders import FORMAT, MANIFEST, is_checkpoint, new_folder, open_weights
+from megafuse.converters.folders import (
+    FORMAT,
+    MANIFEST,
+    check_room,
+    free_bytes,
+    is_checkpoint,
+    new_folder,
+    open_weights,
+)
 from megafuse.converters.jobs import Meter, OnBytes, check_jobs
 from megafuse.converters.layout import LAYOUT, layout_of
 from megafuse.converters.plan import Plan
@@ -79,7 +87,6 @@ def dry_run(hf_dir: str | Path, out: str | Path, *, block_mb: int = DEFAULT_BLOC
             for name, held in plan_files(plan, shards).items()
         }
     sides = list(side_files(hf_dir))
-    room = next(parent for parent in out.parents if parent.is_dir())
     return DryRun(
         source=str(hf_dir),
         out=str(out),
@@ -91,7 +98,7 @@ def dry_run(hf_dir: str | Path, out: str | Path, *, block_mb: int = DEFAULT_BLOC
         skipped=tuple(path.name for path, kept in sides if not kept),
         # for each job a block being read and the one before it, which the writer may still hold
         peak_rss_mib=peak_rss_mib() + (jobs * 2 * max(block_mb << 20, widest) >> 20),
-        free_bytes=shutil.disk_usage(room).free,
+        free_bytes=free_bytes(out),
     )
 
 
@@ -113,10 +120,7 @@ def import_hf(
     """
     began, hf_dir = time.monotonic(), Path(hf_dir)
     planned = dry_run(hf_dir, out, block_mb=block_mb, jobs=jobs)
-    if not planned.fits:
-        raise ConfigError(
-            f"{out} needs {sum(planned.files.values()):,} bytes, {planned.free_bytes:,} are free; choose another disk"
-        )
+    check_room(out, sum(planned.files.values()))
     with open_weights(hf_dir) as (plan, shards), new_folder(out, overwrite=overwrite, inputs=(hf_dir,)) as work:
         assert isinstance(shards, SafetensorsFolder)
         check_tied(plan, shards, block_mb << 20)
