@@ -156,21 +156,24 @@ class _LazyPlanner(SavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        """The block, freshly read; the block that this thread read before it is given back to the system."""
+        """The block, freshly read, where this thread read the one before: that has been written, and is not needed."""
         if write_item.tensor_data is None:
             return _no_extra_state()
         packed, start, stop = self._blocks[write_item.index]
         size = write_item.tensor_data.chunk.sizes
         dtype = write_item.tensor_data.properties.dtype
-        if (before := getattr(self._memory, "block", None)) is not None:
-            # The writer keeps the last tensor of every key until the end. Its pages have been written, so drop them:
-            # otherwise memory would grow to one block for each kind of tensor.
-            before.madvise(mmap.MADV_DONTNEED)
-        self._memory.block = block = mmap.mmap(-1, size.numel() * dtype.itemsize)
-        with memoryview(block) as out:
-            packed.gather(self._source, start, out, len(out) // (stop - start), self._seen)
-        self._meter.add(len(block))
-        return torch.frombuffer(block, dtype=dtype).reshape(size)
+        count = size.numel() * dtype.itemsize
+        with memoryview(self._buffer(count)) as whole:
+            packed.gather(self._source, start, whole[:count], count // (stop - start), self._seen)
+            self._meter.add(count)
+            return torch.frombuffer(whole[:count], dtype=dtype).reshape(size)
+
+    def _buffer(self, count: int) -> mmap.mmap:
+        """This thread's block of memory, of at least `count` bytes; used again, as every page costs time when new."""
+        memory: mmap.mmap | None = getattr(self._memory, "block", None)
+        if memory is None or len(memory) < count:
+            memory = self._memory.block = mmap.mmap(-1, max(count, self._block_bytes))
+        return memory
 
 
 def _no_extra_state() -> io.BytesIO:

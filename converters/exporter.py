@@ -183,7 +183,7 @@ def _write_side_files(
         sources = [path for path, kept in side_files(like) if kept]
     else:
         sources = [path for path in sorted((ckpt / "hf").iterdir()) if path.is_file() and path.name != LAYOUT]
-    same_files = old is not None and list(old.headers) == list(layout.headers)
+    same_files = old is not None and old.weight_map == layout.weight_map
     for path in sources:
         if (work / path.name).exists():
             raise IntegrityError(f"{path} has the name of a weights file; restore the checkpoint's hf/ folder")

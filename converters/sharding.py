@@ -41,11 +41,10 @@ def resharded(plan: Plan, old: Layout | None, weights: TensorView, max_bytes: in
 
 def index_text(plan: Plan, layout: Layout) -> str:
     """What `model.safetensors.index.json` says of several files, as transformers writes it."""
-    weight_map = {entry.name: file for file, header in layout.headers.items() for entry in header.entries}
     size = sum(header.data_bytes for header in layout.headers.values())
     fields: dict[str, Any] = {
         "metadata": {"total_parameters": plan.parameters, "total_size": size},
-        "weight_map": weight_map,
+        "weight_map": layout.weight_map,
     }
     return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
