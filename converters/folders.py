@@ -108,7 +108,8 @@ def new_folder(out: str | Path, *, overwrite: bool, inputs: tuple[Path, ...]) ->
         yield work
         for path in [*work.rglob("*"), work]:
             sync_path(path)
-        if out.exists():
+        if out.exists():  # perhaps only since
+            _may_replace(out, overwrite)
             os.rename(out, out.with_name(f"{out.name}.old-{uuid.uuid4().hex}"))
         os.rename(work, out)
         sync_path(out.parent)
