@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import glob
 import json
 import os
 import re
@@ -126,8 +125,8 @@ def new_folder(out: str | Path, *, overwrite: bool, inputs: tuple[Path, ...]) ->
 
 def _beside(out: Path, kind: str) -> list[Path]:
     """Folders that conversions to `out` have made beside it: `tmp` or `old`."""
-    found = out.parent.glob(f"{glob.escape(out.name)}.{kind}-*")
-    return [p for p in found if re.fullmatch(r"[0-9a-f]{32}", p.name[-32:]) and p.is_dir() and not p.is_symlink()]
+    name = re.compile(re.escape(f"{out.name}.{kind}-") + "[0-9a-f]{32}")
+    return [p for p in out.parent.iterdir() if name.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
 
 
 def _work_folder(out: Path) -> tuple[Path, int]:
