@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 import struct
+import threading
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -135,6 +136,7 @@ class DcpFolder:
     stacked experts (`mlp.experts.experts.linear_fc2...`) under `mlp.experts.experts.5.linear_fc2...`.
     `stacked` and `has_optimizer` say what was found. Optimizer state is left out; with `master` its fp32 master weights
     are read INSTEAD of the model's.
+    Threads may read side by side.
     Raises ConfigError where there is no checkpoint (or no master weights in it), IntegrityError where it is damaged.
     """
 
@@ -143,7 +145,7 @@ class DcpFolder:
         self._tensors: dict[str, _Tensor] = {}
         self._fds: dict[str, int] = {}
         self._payloads: dict[tuple[str, int], int] = {}
-        self._stack = contextlib.ExitStack()
+        self._stack, self._opening = contextlib.ExitStack(), threading.Lock()
         self.stacked = False
         self.has_optimizer = False
         metadata = read_metadata(self.folder)
@@ -241,12 +243,13 @@ class DcpFolder:
         """(file descriptor, offset of the first element) of a saved tensor."""
         file = plain_name(chunk.info.relative_path, f"{self.folder}/.metadata")
         where = f"{self.folder / file} ({name})"
-        if file not in self._fds:
-            try:
-                self._fds[file] = os.open(self.folder / file, os.O_RDONLY)
-            except FileNotFoundError:
-                raise IntegrityError(f"{where} is missing; restore the checkpoint") from None
-            self._stack.callback(os.close, self._fds[file])
+        with self._opening:
+            if file not in self._fds:
+                try:
+                    self._fds[file] = os.open(self.folder / file, os.O_RDONLY)
+                except FileNotFoundError:
+                    raise IntegrityError(f"{where} is missing; restore the checkpoint") from None
+                self._stack.callback(os.close, self._fds[file])
         fd, begin = self._fds[file], chunk.info.offset
         if (file, begin) not in self._payloads:
             if os.fstat(fd).st_size < begin + chunk.info.length:

@@ -1,7 +1,7 @@
 """Writing a `torch_dist` checkpoint in one process, through torch's public distributed-checkpoint API.
 
 A save planner whose plan comes from the table and whose data is read when it is written: no model, no process group,
-one block of memory. Any tensor, pipeline or expert layout of megatron-core can load what this writes.
+one block of memory a job. Any tensor, pipeline or expert layout of megatron-core can load what this writes.
 """
 
 import contextlib
@@ -9,8 +9,11 @@ import hashlib
 import io
 import json
 import mmap
+import threading
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,9 +30,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
+from megafuse.converters.jobs import Meter, run_jobs
 from megafuse.converters.plan import OnRows, Packed, Plan
-from megafuse.converters.views import TORCH_DTYPES, TensorView, blocks, row_bytes
+from megafuse.converters.views import TORCH_DTYPES, TensorView, blocks, row_bytes, tensor_bytes
 from megafuse.errors import MegafuseError
 
 # What mcore asks for when it opens a checkpoint folder.
@@ -39,22 +45,53 @@ _MCORE_METADATA = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+# A checkpoint has about 64 files, so that jobs share the work evenly, of a size that file systems like.
+_FILES, _SMALLEST_FILE, _LARGEST_FILE = 64, 256 << 20, 4 << 30
 _COMMON = {"content_metadata": {"singleton_local_shards": False, "non_homogeneous_layers": False}}
 
 
+def plan_files(plan: Plan, source: TensorView) -> dict[str, list[Packed]]:
+    """The tensors by the name of the file that they will be in, whole and in the order of the table.
+
+    It follows from the model alone, not from the jobs that write it.
+    """
+    total = sum(tensor_bytes(source.dtype(p.pieces[0].hf), p.shape) for p in plan.tensors.values())
+    wanted = min(max(total // _FILES, _SMALLEST_FILE), _LARGEST_FILE)
+    files: list[list[Packed]] = [[]]
+    filled = 0
+    for packed in plan.tensors.values():
+        size = tensor_bytes(source.dtype(packed.pieces[0].hf), packed.shape)
+        if files[-1] and filled + size > wanted:
+            files.append([])
+            filled = 0
+        files[-1].append(packed)
+        filled += size
+    return {f"__{i}_0.distcp": tensors for i, tensors in enumerate(files)}
+
+
 def write_torch_dist(
-    plan: Plan, source: TensorView, folder: Path, *, block_bytes: int, seen: OnRows | None = None
+    plan: Plan,
+    source: TensorView,
+    folder: Path,
+    *,
+    block_bytes: int,
+    seen: OnRows | None = None,
+    jobs: int = 1,
+    meter: Meter | None = None,
 ) -> dict[str, str]:
     """Write every tensor of `plan`, read from `source`, into the new `folder`; returns the sha256 of its files.
 
     Layers and experts are stacked as mcore stacks them. seen: told of every (HF name, bytes) copied; each HF tensor's
-    rows come in order. The bytes depend on the weights only: equal weights give equal files. Memory: about one block.
+    rows come in order, several tensors at a time where there are several jobs. The bytes depend on the weights only:
+    equal weights give equal files. Memory: about one block a job.
     """
-    writer = _HashingWriter(folder)
+    meter = meter or Meter(0)
+    writer = _HashingWriter(folder, jobs, meter)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is meant
-            dcp.save({}, storage_writer=writer, planner=_LazyPlanner(plan, source, block_bytes, seen), no_dist=True)
+            planner = _LazyPlanner(plan, source, block_bytes, seen, meter)
+            dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
     except dcp.CheckpointException as error:
         for wrapped, _ in error.failures.values():
             if isinstance(wrapped, MegafuseError | OSError | KeyboardInterrupt):
@@ -66,12 +103,13 @@ def write_torch_dist(
 
 
 class _LazyPlanner(SavePlanner):
-    """Plans one write item a block of rows, and reads the block when it is asked for."""
+    """Plans one write item a block of rows, and reads the block when it is asked for. `files`: the items by file."""
 
-    def __init__(self, plan: Plan, source: TensorView, block_bytes: int, seen: OnRows | None) -> None:
-        self._plan, self._source, self._block_bytes, self._seen = plan, source, block_bytes, seen
+    def __init__(self, plan: Plan, source: TensorView, block_bytes: int, seen: OnRows | None, meter: Meter) -> None:
+        self._plan, self._source, self._block_bytes, self._seen, self._meter = plan, source, block_bytes, seen, meter
         self._blocks: dict[MetadataIndex, tuple[Packed, int, int]] = {}
-        self._memory: mmap.mmap | None = None
+        self._memory = threading.local()
+        self.files: list[list[WriteItem]] = []
 
     def set_up_planner(
         self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
@@ -79,10 +117,11 @@ class _LazyPlanner(SavePlanner):
         """Nothing to prepare: the state dict is the table."""
 
     def create_local_plan(self) -> SavePlan:
-        """All tensors by block, then the empty extra states."""
-        items = [item for packed in self._plan.tensors.values() for item in self._items(packed)]
-        items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._plan.extra_states()]
-        return SavePlan(items)
+        """All tensors by file and block, and the empty extra states in the first file."""
+        files = plan_files(self._plan, self._source).values()
+        self.files = [[item for packed in file for item in self._items(packed)] for file in files]
+        self.files[0] += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._plan.extra_states()]
+        return SavePlan([item for file in self.files for item in file])
 
     def _items(self, packed: Packed) -> Iterator[WriteItem]:
         dtype = self._source.dtype(packed.pieces[0].hf)
@@ -117,20 +156,24 @@ class _LazyPlanner(SavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        """The block, freshly read; the block before it is given back to the system."""
+        """The block, freshly read, where this thread read the one before: that has been written, and is not needed."""
         if write_item.tensor_data is None:
             return _no_extra_state()
         packed, start, stop = self._blocks[write_item.index]
         size = write_item.tensor_data.chunk.sizes
         dtype = write_item.tensor_data.properties.dtype
-        if self._memory is not None:
-            # The writer keeps the last tensor of every key until the end. Its pages have been written, so drop them:
-            # otherwise memory would grow to one block for each kind of tensor.
-            self._memory.madvise(mmap.MADV_DONTNEED)
-        self._memory = mmap.mmap(-1, size.numel() * dtype.itemsize)
-        with memoryview(self._memory) as out:
-            packed.gather(self._source, start, out, len(out) // (stop - start), self._seen)
-        return torch.frombuffer(self._memory, dtype=dtype).reshape(size)
+        count = size.numel() * dtype.itemsize
+        with memoryview(self._buffer(count)) as whole:
+            packed.gather(self._source, start, whole[:count], count // (stop - start), self._seen)
+            self._meter.add(count)
+            return torch.frombuffer(whole[:count], dtype=dtype).reshape(size)
+
+    def _buffer(self, count: int) -> mmap.mmap:
+        """This thread's block of memory, of at least `count` bytes; used again, as every page costs time when new."""
+        memory: mmap.mmap | None = getattr(self._memory, "block", None)
+        if memory is None or len(memory) < count:
+            memory = self._memory.block = mmap.mmap(-1, max(count, self._block_bytes))
+        return memory
 
 
 def _no_extra_state() -> io.BytesIO:
@@ -182,14 +225,29 @@ class _HashingFiles(FileSystem):
 class _HashingWriter(FileSystemWriter):
     """torch's writer with hashes, and without what would make equal checkpoints differ (path, random id).
 
+    Each job writes files of its own, as ranks would: torch's own threads would make the files depend on their number.
     `per_thread_copy_ahead=0` keeps the loader serial where CUDA is present: blocks are only valid one at a time.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, jobs: int, meter: Meter) -> None:
         super().__init__(folder, single_file_per_rank=True, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
         written: dict[str, str] = {}
         self.fs = _HashingFiles(written)
-        self._written = written
+        self._written, self._jobs, self._meter = written, jobs, meter
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Every file of the planner, `jobs` at a time."""
+        assert isinstance(planner, _LazyPlanner)
+        write = super().write_data
+
+        def one(number: int, items: list[WriteItem]) -> list[WriteResult]:
+            prefix = replace(plan.storage_data, prefix=f"__{number}_")
+            return list(write(replace(plan, items=items, storage_data=prefix), planner).wait())
+
+        tasks = [partial(one, number, items) for number, items in enumerate(planner.files)]
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([result for file in run_jobs(tasks, self._jobs, self._meter) for result in file])
+        return done
 
     @property
     def digests(self) -> dict[str, str]:

@@ -1,25 +1,31 @@
 """Checkpoint folder -> Hugging Face folder. With dtype and vocabulary kept, every file is the original to the byte."""
 
 import json
+import os
 import shutil
+import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from megafuse.converters.digest import WeightsHasher
-from megafuse.converters.folders import is_checkpoint, new_folder, open_weights, read_manifest
+from megafuse.converters.folders import check_room, is_checkpoint, new_folder, open_weights, read_manifest
 from megafuse.converters.hf_config import read_hf_config
 from megafuse.converters.importer import Report, make_report
+from megafuse.converters.jobs import Meter, OnBytes, check_jobs, run_jobs
 from megafuse.converters.layout import LAYOUT, Layout, layout_of, read_layout
 from megafuse.converters.plan import Plan
-from megafuse.converters.safetensors_io import INDEX, Header, SafetensorsFolder, make_header, side_files
+from megafuse.converters.safetensors_io import INDEX, Header, SafetensorsFolder, has_weights, make_header, side_files
+from megafuse.converters.sharding import DEFAULT_SHARD_GB, index_text, resharded
 from megafuse.converters.views import (
     DEFAULT_BLOCK,
     DTYPE_NAMES,
     CastView,
     HashedReads,
     TensorView,
+    pwrite_all,
     stream,
 )
 from megafuse.errors import ConfigError, IntegrityError
@@ -34,8 +40,11 @@ def export_hf(
     like: str | Path | None = None,
     dtype: str = "keep",
     source: str = "model",
+    max_shard_gb: float | None = None,
     overwrite: bool = False,
     block_mb: int = DEFAULT_BLOCK >> 20,
+    jobs: int = 1,
+    show: OnBytes | None = None,
 ) -> Report:
     """Write the Hugging Face folder `out` from a checkpoint of any layout, ours or a training run's.
 
@@ -43,15 +52,21 @@ def export_hf(
     Face folder `like`. Vocabulary padding and optimizer state are left out.
     dtype: `keep` writes what is stored, else every weight in `bfloat16` or `float32`, and config.json says so.
     source: `model`, or `fp32-master`: the optimizer's master weights of a training checkpoint.
+    max_shard_gb: write new files of at most so many gigabytes (1e9 bytes), as transformers would, with their index,
+    instead of those of the source; so it is too, at 5 GB, where nobody knows how the source lay in files.
+    block_mb: MiB copied at a time by each of `jobs` threads; the files do not depend on either.
+    show: told of (bytes done, bytes of all) now and then.
     Raises IntegrityError where a file has another size than its manifest says, or the weights another digest;
-    UnsupportedModelError for weights that would be lost; ConfigError where `out` exists and `overwrite` is False.
+    UnsupportedModelError for weights that would be lost; ConfigError where `out` exists and `overwrite` is False, or
+    has no room.
     """
     began, ckpt = time.monotonic(), Path(ckpt)
     like = Path(like) if like else None
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if block_mb < 1:
-        raise ConfigError(f"block_mb = {block_mb} must be at least 1")
+    if max_shard_gb is not None and not max_shard_gb > 0:
+        raise ConfigError(f"max_shard_gb = {max_shard_gb} must be above 0")
+    check_jobs(jobs, block_mb)
     if not is_checkpoint(ckpt):
         raise ConfigError(f"{ckpt} is no checkpoint folder (it has no .metadata)")
     manifest = read_manifest(ckpt) or {}
@@ -59,7 +74,7 @@ def export_hf(
     with open_weights(ckpt, source=source, config=like) as (plan, view):
         if like and (ckpt / "hf" / "config.json").is_file():
             _check_like(plan, ckpt, like)
-        layout = _layout(plan, ckpt, like)
+        old = _layout(plan, ckpt, like)
         target = DTYPES[dtype]
         read = written = WeightsHasher(plan)
         weights: TensorView = HashedReads(view, read.add)
@@ -67,12 +82,20 @@ def export_hf(
         if target:
             written = WeightsHasher(plan)
             weights, plain = HashedReads(CastView(weights, target), written.add), CastView(view, target)
+        if old is None or max_shard_gb is not None:
+            layout = resharded(plan, old, weights, int((max_shard_gb or DEFAULT_SHARD_GB) * 1e9))
+        else:
+            layout = Layout(
+                {n: new_header(plan, old, header, weights) for n, header in old.headers.items()}, old.derived
+            )
+        total = sum(header.data_bytes for header in layout.headers.values())
+        check_room(out, total)
         with new_folder(out, overwrite=overwrite, inputs=inputs) as work:
-            total = _write_shards(plan, layout, weights, plain, work, bytearray(block_mb << 20))
+            _write_shards(plan, layout, weights, plain, work, block_mb << 20, jobs, Meter(total, show))
             known = manifest.get("weights_sha256") if source == "model" else None
             if known and known != read.finish(view):
                 raise IntegrityError(f"{ckpt}: the weights are not those of its manifest; restore the checkpoint")
-            _write_side_files(plan, layout, weights, ckpt, like, work)
+            _write_side_files(plan, old, layout, weights, ckpt, like, work)
     return make_report("export", ckpt, out, plan, total, began, written.finish(weights))
 
 
@@ -82,37 +105,63 @@ def _check_like(plan: Plan, ckpt: Path, like: Path) -> None:
         raise ConfigError(f"like: {like} describes another model than {ckpt / 'hf'}: {given} instead of {own}")
 
 
-def _layout(plan: Plan, ckpt: Path, like: Path | None) -> Layout:
+def _layout(plan: Plan, ckpt: Path, like: Path | None) -> Layout | None:
+    """How the weights lay in the source's files; None where neither `like` nor the checkpoint knows."""
     if like is None:
-        return read_layout(ckpt / "hf", plan)
+        return read_layout(ckpt / "hf", plan) if (ckpt / "hf" / LAYOUT).is_file() else None
+    if not has_weights(like):
+        return None
     with SafetensorsFolder(like) as shards:
         plan.check(shards, where=str(like))
         return layout_of(plan, shards)
 
 
 def _write_shards(
-    plan: Plan, layout: Layout, weights: TensorView, plain: TensorView, work: Path, buffer: bytearray
-) -> int:
-    """Write every shard; returns the bytes of tensors. `plain` reads the embedding again for a tied output layer."""
-    total = 0
-    for file, old in layout.headers.items():
-        header = new_header(plan, layout, old, weights)
-        total += header.data_bytes
-        with (work / file).open("xb") as out:
-            out.write(header.encoded())
-            for entry in header.entries:
-                if entry.name in layout.derived:
-                    out.write(layout.derived[entry.name])
-                elif plan.tied_twin and entry.name == plan.tied_twin[0]:
-                    _copy(plain, plan.tied_twin[1], out, buffer)
-                else:
-                    _copy(weights, entry.name, out, buffer)
-    return total
+    plan: Plan,
+    layout: Layout,
+    weights: TensorView,
+    plain: TensorView,
+    work: Path,
+    block_bytes: int,
+    jobs: int,
+    meter: Meter,
+) -> None:
+    """Write every file; a task is a tensor, whose place is known. `plain` reads the embedding again for its twin."""
+    buffers = threading.local()
+
+    def copy(view: TensorView, name: str, path: Path, at: int) -> None:
+        if not hasattr(buffers, "block"):
+            buffers.block = bytearray(block_bytes)
+        fd = os.open(path, os.O_WRONLY)
+        try:
+            for block in stream(view, name, buffers.block):
+                meter.add(0)
+                pwrite_all(fd, at, block)
+                at += len(block)
+                meter.add(len(block))
+        finally:
+            os.close(fd)
+
+    tasks = []
+    for file, header in layout.headers.items():
+        start = header.encoded()
+        (work / file).write_bytes(start)
+        for entry in header.entries:
+            at = len(start) + entry.offset
+            if entry.name in layout.derived:
+                tasks.append(partial(_put, layout.derived[entry.name], work / file, at, meter))
+            elif plan.tied_twin and entry.name == plan.tied_twin[0]:
+                tasks.append(partial(copy, plain, plan.tied_twin[1], work / file, at))
+            else:
+                tasks.append(partial(copy, weights, entry.name, work / file, at))
+    run_jobs(tasks, jobs, meter)
 
 
-def _copy(view: TensorView, name: str, out: BinaryIO, buffer: bytearray) -> None:
-    for block in stream(view, name, buffer):
-        out.write(block)
+def _put(data: bytes, path: Path, at: int, meter: Meter) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(data)
+    meter.add(len(data))
 
 
 def new_header(plan: Plan, layout: Layout, old: Header, weights: TensorView) -> Header:
@@ -127,25 +176,27 @@ def new_header(plan: Plan, layout: Layout, old: Header, weights: TensorView) -> 
 
 
 def _write_side_files(
-    plan: Plan, layout: Layout, weights: TensorView, ckpt: Path, like: Path | None, work: Path
+    plan: Plan, old: Layout | None, layout: Layout, weights: TensorView, ckpt: Path, like: Path | None, work: Path
 ) -> None:
-    """Copy configuration, tokenizer and the rest; where dtypes changed, say so in config.json and the shard index."""
+    """Copy configuration, tokenizer and the rest; what is new of dtypes and files, config.json and the index say."""
     if like:
         sources = [path for path, kept in side_files(like) if kept]
     else:
         sources = [path for path in sorted((ckpt / "hf").iterdir()) if path.is_file() and path.name != LAYOUT]
+    same_files = old is not None and old.weight_map == layout.weight_map
     for path in sources:
         if (work / path.name).exists():
             raise IntegrityError(f"{path} has the name of a weights file; restore the checkpoint's hf/ folder")
-        shutil.copyfile(path, work / path.name)
-    kept = all(new_header(plan, layout, header, weights) is header for header in layout.headers.values())
-    if kept:
-        return
+        if same_files or path.name != INDEX:
+            shutil.copyfile(path, work / path.name)
     dtypes = {weights.dtype(name) for name in plan.hf_shapes}
-    if len(dtypes) == 1:
-        _edit_json(work / "config.json", lambda config: _set_dtype(config, DTYPE_NAMES[dtypes.pop()]))
-    if (work / INDEX).is_file():
-        size = sum(new_header(plan, layout, header, weights).data_bytes for header in layout.headers.values())
+    stored = {e.dtype for h in old.headers.values() for e in h.entries if e.name in plan.hf_shapes} if old else set()
+    if len(dtypes) == 1 and dtypes != stored and (old or DTYPE_NAMES[min(dtypes)] != plan.model.torch_dtype):
+        _edit_json(work / "config.json", lambda config: _set_dtype(config, DTYPE_NAMES[min(dtypes)]))
+    if not same_files and len(layout.headers) > 1:
+        (work / INDEX).write_text(index_text(plan, layout), encoding="utf-8")
+    elif layout != old and (work / INDEX).is_file():
+        size = sum(header.data_bytes for header in layout.headers.values())
         _edit_json(work / INDEX, lambda index: index.setdefault("metadata", {}).update(total_size=size))
 
 

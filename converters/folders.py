@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -86,6 +88,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def new_folder(out: str | Path, *, overwrite: bool, inputs: tuple[Path, ...]) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its name when the block ends well, everything on disk; else no trace.
 
+    What a killed run left beside `out` is removed by the next one.
     overwrite: replace an earlier model folder (never anything else). Raises ConfigError where `out` exists, or is,
     holds or lies inside one of `inputs`.
     """
@@ -97,25 +100,81 @@ def new_folder(out: str | Path, *, overwrite: bool, inputs: tuple[Path, ...]) ->
     if out.exists() or out.is_symlink():
         _may_replace(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex}")
-    work.mkdir()
+    for left in _beside(out, "tmp"):
+        _remove_dead(left)
+    work, lock = _work_folder(out)
     try:
         yield work
         for path in [*work.rglob("*"), work]:
             sync_path(path)
-        if out.exists():
-            old = out.with_name(f"{out.name}.old-{uuid.uuid4().hex}")
-            os.rename(out, old)
-            os.rename(work, out)
-            shutil.rmtree(old)
-        else:
-            os.rename(work, out)
+        if out.exists():  # perhaps only since
+            _may_replace(out, overwrite)
+            os.rename(out, out.with_name(f"{out.name}.old-{uuid.uuid4().hex}"))
+        os.rename(work, out)
         sync_path(out.parent)
+        for old in _beside(out, "old"):
+            shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ConfigError(f"{out}: the disk is full, nothing was left behind; free some of it") from error
         raise
+    finally:
+        os.close(lock)
+
+
+def _beside(out: Path, kind: str) -> list[Path]:
+    """Folders that conversions to `out` have made beside it: `tmp` or `old`."""
+    name = re.compile(re.escape(f"{out.name}.{kind}-") + "[0-9a-f]{32}")
+    return [p for p in out.parent.iterdir() if name.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
+
+
+def _work_folder(out: Path) -> tuple[Path, int]:
+    """A new folder and its lock, held until the process ends: a later run can tell that nobody works in it any more."""
+    while True:
+        work = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex}")
+        work.mkdir()
+        lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            _lock(lock)
+            if work.is_dir():  # nobody took it for left behind before it was locked
+                return work, lock
+        except BlockingIOError:
+            pass
+        os.close(lock)
+
+
+def _lock(folder: int) -> None:
+    """Raises BlockingIOError where another process has it. A file system without locks is left at that."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return
+
+
+def _remove_dead(work: Path) -> None:
+    """Remove what a killed conversion left: the lock of one that lives cannot be had."""
+    with contextlib.suppress(OSError):
+        lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(work, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+def check_room(out: str | Path, needed: int) -> None:
+    """Raises ConfigError where the disk of the future folder `out` has fewer bytes free than `needed`."""
+    free = free_bytes(Path(out))
+    if needed > free:
+        raise ConfigError(f"{out} needs {needed:,} bytes, {free:,} are free; choose another disk")
+
+
+def free_bytes(out: Path) -> int:
+    """Room on the disk that the future folder `out` will be on."""
+    return shutil.disk_usage(next(parent for parent in out.absolute().parents if parent.is_dir())).free
 
 
 def _may_replace(out: Path, overwrite: bool) -> None:

@@ -7,9 +7,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megafuse.converters.dcp_writer import write_torch_dist
+from megafuse.converters.dcp_writer import plan_files, write_torch_dist
 from megafuse.converters.digest import WeightsHasher
-from megafuse.converters.folders import FORMAT, MANIFEST, is_checkpoint, new_folder, open_weights
+from megafuse.converters.folders import (
+    FORMAT,
+    MANIFEST,
+    check_room,
+    free_bytes,
+    is_checkpoint,
+    new_folder,
+    open_weights,
+)
+from megafuse.converters.jobs import Meter, OnBytes, check_jobs
 from megafuse.converters.layout import LAYOUT, layout_of
 from megafuse.converters.plan import Plan
 from megafuse.converters.safetensors_io import SafetensorsFolder, side_files
@@ -63,8 +72,9 @@ class DryRun:
         return sum(self.files.values()) <= self.free_bytes
 
 
-def dry_run(hf_dir: str | Path, out: str | Path, *, block_mb: int = DEFAULT_BLOCK >> 20) -> DryRun:
+def dry_run(hf_dir: str | Path, out: str | Path, *, block_mb: int = DEFAULT_BLOCK >> 20, jobs: int = 1) -> DryRun:
     """What `import_hf` would write and need; reads headers, writes nothing. Raises as it does, but for the weights."""
+    check_jobs(jobs, block_mb)
     hf_dir, out = Path(hf_dir), Path(out).absolute()
     if is_checkpoint(hf_dir):
         raise ConfigError(f"{hf_dir} is a checkpoint, not a Hugging Face folder; fix: use export")
@@ -72,8 +82,11 @@ def dry_run(hf_dir: str | Path, out: str | Path, *, block_mb: int = DEFAULT_BLOC
         total = sum(tensor_bytes(shards.dtype(name), shape) for name, shape in plan.hf_shapes.items())
         widest = max(row_bytes(shards.dtype(name), shape) for name, shape in plan.hf_shapes.items())
         tensors = len(plan.hf_shapes)
+        files = {
+            name: sum(tensor_bytes(shards.dtype(packed.pieces[0].hf), packed.shape) for packed in held)
+            for name, held in plan_files(plan, shards).items()
+        }
     sides = list(side_files(hf_dir))
-    room = next(parent for parent in out.parents if parent.is_dir())
     return DryRun(
         source=str(hf_dir),
         out=str(out),
@@ -81,40 +94,44 @@ def dry_run(hf_dir: str | Path, out: str | Path, *, block_mb: int = DEFAULT_BLOC
         parameters=plan.parameters,
         tensors=tensors,
         bytes=total,
-        files={"__0_0.distcp": total, **{f"hf/{path.name}": path.stat().st_size for path, kept in sides if kept}},
+        files={**files, **{f"hf/{path.name}": path.stat().st_size for path, kept in sides if kept}},
         skipped=tuple(path.name for path, kept in sides if not kept),
-        # a block being read and the one before it, which the writer may still hold
-        peak_rss_mib=peak_rss_mib() + (2 * max(block_mb << 20, widest) >> 20),
-        free_bytes=shutil.disk_usage(room).free,
+        # for each job a block being read and the one before it, which the writer may still hold
+        peak_rss_mib=peak_rss_mib() + (jobs * 2 * max(block_mb << 20, widest) >> 20),
+        free_bytes=free_bytes(out),
     )
 
 
 def import_hf(
-    hf_dir: str | Path, out: str | Path, *, block_mb: int = DEFAULT_BLOCK >> 20, overwrite: bool = False
+    hf_dir: str | Path,
+    out: str | Path,
+    *,
+    block_mb: int = DEFAULT_BLOCK >> 20,
+    jobs: int = 1,
+    overwrite: bool = False,
+    show: OnBytes | None = None,
 ) -> Report:
     """Write the checkpoint folder `out` from the Hugging Face folder `hf_dir`.
 
-    block_mb: MiB copied at a time; it bounds the memory. Equal inputs give equal `.distcp` files.
+    block_mb: MiB copied at a time by each of `jobs` threads; they bound the memory. Equal inputs give equal `.distcp`
+    files, whatever the two are. show: told of (bytes done, bytes of all) now and then.
     Raises UnsupportedModelError for a configuration or tensor that no rule covers, IntegrityError for damaged weights
     or a tied output layer that differs from the embedding, ConfigError where `out` exists and `overwrite` is False.
     """
     began, hf_dir = time.monotonic(), Path(hf_dir)
-    if block_mb < 1:
-        raise ConfigError(f"block_mb = {block_mb} must be at least 1")
-    planned = dry_run(hf_dir, out, block_mb=block_mb)
-    if not planned.fits:
-        raise ConfigError(
-            f"{out} needs {sum(planned.files.values()):,} bytes, {planned.free_bytes:,} are free; choose another disk"
-        )
+    planned = dry_run(hf_dir, out, block_mb=block_mb, jobs=jobs)
+    check_room(out, sum(planned.files.values()))
     with open_weights(hf_dir) as (plan, shards), new_folder(out, overwrite=overwrite, inputs=(hf_dir,)) as work:
         assert isinstance(shards, SafetensorsFolder)
         check_tied(plan, shards, block_mb << 20)
         hasher = WeightsHasher(plan)
-        hashes = write_torch_dist(plan, shards, work, block_bytes=block_mb << 20, seen=hasher.add)
+        meter = Meter(planned.bytes, show)
+        hashes = write_torch_dist(
+            plan, shards, work, block_bytes=block_mb << 20, seen=hasher.add, jobs=jobs, meter=meter
+        )
         digest = hasher.finish(shards)
         skipped = _keep_side_files(hf_dir, work / "hf", plan, shards)
         files = {p.relative_to(work).as_posix(): p for p in sorted(work.rglob("*")) if p.is_file()}
-        total = sum(tensor_bytes(shards.dtype(n), shape) for n, shape in plan.hf_shapes.items())
         write_json_atomic(
             work / MANIFEST,
             {
@@ -124,7 +141,12 @@ def import_hf(
                 "weights_sha256": digest,
                 "architecture": plan.model.architecture,
                 "parameters": plan.parameters,
-                "source": {"kind": "huggingface", "name": hf_dir.resolve().name, "bytes": total, "skipped": skipped},
+                "source": {
+                    "kind": "huggingface",
+                    "name": hf_dir.resolve().name,
+                    "bytes": planned.bytes,
+                    "skipped": skipped,
+                },
                 "versions": versions(),
                 "files": {
                     name: {"bytes": path.stat().st_size, "sha256": hashes.get(name) or file_sha256(path)}
@@ -132,7 +154,7 @@ def import_hf(
                 },
             },
         )
-    return make_report("import", hf_dir, out, plan, total, began, digest, tuple(skipped))
+    return make_report("import", hf_dir, out, plan, planned.bytes, began, digest, tuple(skipped))
 
 
 def make_report(

@@ -26,6 +26,11 @@ class Layout:
     headers: dict[str, Header]
     derived: dict[str, bytes]
 
+    @property
+    def weight_map(self) -> dict[str, str]:
+        """File name by tensor name."""
+        return {entry.name: file for file, header in self.headers.items() for entry in header.entries}
+
     def to_json(self) -> dict[str, Any]:
         """What layout.json holds."""
         files = [{"name": name, "header": header.text} for name, header in self.headers.items()]

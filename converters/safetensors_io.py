@@ -144,6 +144,11 @@ def weight_files(folder: Path) -> list[str]:
     return found
 
 
+def has_weights(folder: Path) -> bool:
+    """There is a shard index or a safetensors file: `weight_files` has something to say."""
+    return (folder / INDEX).is_file() or any(folder.glob("*.safetensors"))
+
+
 def read_index(path: Path) -> dict[str, str]:
     """Tensor name -> file name of a shard index, file names checked by `plain_name`."""
     try:
@@ -232,7 +237,7 @@ def side_files(folder: Path) -> Iterator[tuple[Path, bool]]:
 
     Kept: configuration, tokenizer, templates, code, the shard index. Not kept: folders, and weights in other formats.
     """
-    weights = set(weight_files(folder))
+    weights = set(weight_files(folder)) if has_weights(folder) else set()
     for path in sorted(folder.iterdir()):
         if path.name not in weights:
             yield path, path.is_file() and not path.name.endswith(_OTHER_WEIGHTS)

@@ -17,6 +17,7 @@ from megafuse.errors import IntegrityError, UnsupportedModelError
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # as config.json spells them
 DEFAULT_BLOCK = 64 << 20
+_CAST_BYTES = 1 << 20  # converted at a time, beside the block that is filled
 
 
 class TensorView(Protocol):
@@ -82,6 +83,13 @@ def pread_into(fd: int, offset: int, out: memoryview, what: str) -> None:
         done += count
 
 
+def pwrite_all(fd: int, offset: int, data: memoryview) -> None:
+    """Write all of `data` at `offset` of a file. Raises OSError, as the system says why it cannot."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], offset + done)
+
+
 class HashedReads:
     """A `TensorView` that shows every block it reads to `seen`: pass one over it, tensor by tensor, in row order."""
 
@@ -133,7 +141,9 @@ class CastView:
         if stored == self._dtype:
             self._view.read(name, start, stop, out)
             return
-        raw = bytearray((stop - start) * row_bytes(stored, self._view.shape(name)))
-        self._view.read(name, start, stop, memoryview(raw))
-        cast = torch.frombuffer(raw, dtype=TORCH_DTYPES[stored]).to(TORCH_DTYPES[self._dtype])
-        torch.frombuffer(out, dtype=TORCH_DTYPES[self._dtype]).copy_(cast)
+        width = row_bytes(stored, self._view.shape(name))
+        target = torch.frombuffer(out, dtype=TORCH_DTYPES[self._dtype]).view(stop - start, -1)
+        for low, high in blocks(stop - start, width, _CAST_BYTES):
+            raw = bytearray((high - low) * width)
+            self._view.read(name, start + low, start + high, memoryview(raw))
+            target[low:high].copy_(torch.frombuffer(raw, dtype=TORCH_DTYPES[stored]).view(high - low, -1))

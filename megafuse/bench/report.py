@@ -22,7 +22,7 @@ def record(
 
     `tokens` are needed (a prompt once, and its responses), `tokens_computed` are places of rows, padding included; all
     rates are those of the median step over all devices. MFU counts the FLOPs of what the model computes, padding
-    excluded, attention by the area of the mask (see `megafuse.observe.flops`); None without a known peak.
+    excluded, attention by the area of every layer's mask (see `megafuse.observe.flops`); None without a known peak.
     """
     plan, seconds = found.plan, found.median
     flops = model_flops(arch, plan.model_tokens, plan.head_rows, plan.pairs)

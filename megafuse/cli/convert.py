@@ -1,7 +1,9 @@
 """`megafuse convert`: Hugging Face folders to checkpoints and back, compared and described."""
 
+import contextlib
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +14,7 @@ from megafuse.config.base import Config
 
 if TYPE_CHECKING:
     from megafuse.converters.importer import Report
+    from megafuse.converters.jobs import OnBytes
 
 DESCRIPTION = "Convert between Hugging Face folders and Megatron checkpoints: bytes only, no model, no GPU."
 
@@ -24,7 +27,9 @@ class ImportConfig(Config):
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Checkpoint folder to write."""
     block_mb: Annotated[int, Field(ge=1)] = 64
-    """MiB copied at a time; bounds the memory."""
+    """MiB copied at a time by each job; bounds the memory."""
+    jobs: Annotated[int, Field(ge=1)] = 1
+    """Blocks copied side by side. The files do not depend on it; memory grows by two blocks for each."""
     overwrite: bool = False
     """Replace `out` where it is an earlier model folder."""
     dry_run: bool = False
@@ -44,8 +49,12 @@ class ExportConfig(Config):
     """What the weights are written in; `keep` is what is stored."""
     source: Literal["model", "fp32-master"] = "model"
     """`fp32-master`: the optimizer's master weights instead of the model's."""
+    max_shard_gb: Annotated[float | None, Field(gt=0)] = None
+    """Write new files of at most so many GB, with their index. None: the files of the source, or of 5 GB if unknown."""
     block_mb: Annotated[int, Field(ge=1)] = 64
-    """MiB copied at a time; bounds the memory."""
+    """MiB copied at a time by each job; bounds the memory."""
+    jobs: Annotated[int, Field(ge=1)] = 1
+    """Blocks copied side by side. The files do not depend on it; memory grows by two blocks for each."""
     overwrite: bool = False
     """Replace `out` where it is an earlier model folder."""
 
@@ -83,7 +92,7 @@ def run_import(config: ImportConfig) -> int:
     from megafuse.converters.importer import dry_run, import_hf
 
     if config.dry_run:
-        plan = dry_run(config.hf_dir, config.out, block_mb=config.block_mb)
+        plan = dry_run(config.hf_dir, config.out, block_mb=config.block_mb, jobs=config.jobs)
         print(
             f"would import {plan.architecture}, {plan.parameters:,} parameters, {plan.tensors} tensors, "
             f"{plan.bytes / 1e9:.2f} GB, at most {plan.peak_rss_mib} MiB of memory"
@@ -94,7 +103,10 @@ def run_import(config: ImportConfig) -> int:
             print(f"not copied: {', '.join(plan.skipped)}")
         print(f"{plan.free_bytes / 1e9:.2f} GB are free there: {'it fits' if plan.fits else 'IT DOES NOT FIT'}")
         return 0 if plan.fits else 1
-    _print(import_hf(config.hf_dir, config.out, block_mb=config.block_mb, overwrite=config.overwrite))
+    settings = config.model_dump(exclude={"hf_dir", "out", "dry_run"})
+    with _progress("import") as show:
+        report = import_hf(config.hf_dir, config.out, **settings, show=show)
+    _print(report)
     return 0
 
 
@@ -103,7 +115,9 @@ def run_export(config: ExportConfig) -> int:
     from megafuse.converters.exporter import export_hf
 
     settings = config.model_dump(exclude={"ckpt", "out"})
-    _print(export_hf(config.ckpt, config.out, **settings))
+    with _progress("export") as show:
+        report = export_hf(config.ckpt, config.out, **settings, show=show)
+    _print(report)
     return 0
 
 
@@ -134,6 +148,25 @@ def run_inspect(config: InspectConfig) -> int:
 
     print(json.dumps(inspect(config.path), indent=2))
     return 0
+
+
+@contextlib.contextmanager
+def _progress(title: str) -> Iterator["OnBytes"]:
+    """Shows megabytes done, MB/s and the time left on standard error."""
+    from megafuse.observe.progress import Progress
+
+    began, unit = time.monotonic(), 1_000_000
+    with contextlib.ExitStack() as stack:
+        shown: list[Progress] = []
+
+        def show(done: int, total: int) -> None:
+            most = -(-total // unit)
+            if not shown:
+                shown.append(stack.enter_context(Progress(most, f"{title}, MB", enabled=True)))
+            rate = done / unit / max(time.monotonic() - began, 1e-9)
+            shown[0].update(most if done >= total else done // unit, {"mb_per_second": rate})
+
+        yield show
 
 
 def _print(report: "Report") -> None:

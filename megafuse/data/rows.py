@@ -16,11 +16,15 @@ from megafuse.config.train import ParallelConfig
 from megafuse.data.dataset import GroupDataset
 from megafuse.data.types import Group
 from megafuse.errors import ConfigError, DataError
+<<<<<<< HEAD
 from megafuse.kernels.group_loss import Blocks
 from megafuse.kernels.packing import group_cost, group_tokens, pack_batch
+=======
+from megafuse.kernels.packing import group_tokens, pack_batch
+>>>>>>> convert-3
 from megafuse.losses.types import Terms
 from megafuse.model.arch import ModelArch
-from megafuse.observe.flops import flops_per_pair, flops_per_token
+from megafuse.observe.flops import flops_per_pair, flops_per_token, layer_pairs
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class BatchPlan:
     useful_tokens: int  # prompts once, and responses
     model_tokens: int  # what the layers compute, padding excluded
     head_rows: int  # rows of logits
-    pairs: int  # attended (query, key) pairs
+    pairs: int  # attended (query, key) pairs, summed over the layers, each with its window
 
     @property
     def computed_tokens(self) -> int:
@@ -121,7 +125,7 @@ class RowPlanner:
         limit = longest // shape.multiple * shape.multiple
         self.useful = data.group_lengths
         self.tokens = group_tokens(*lengths, prefix_sharing=prefix_sharing)
-        self.pairs = group_cost(*lengths, linear_cost=0.0, attention_cost=1.0, prefix_sharing=prefix_sharing)
+        self.pairs = layer_pairs(arch, *lengths, prefix_sharing=prefix_sharing)
         self.cost = self.tokens * float(flops_per_token(arch)) + self.pairs * float(flops_per_pair(arch))
         # a shared prompt's last place predicts the first token of every response: one row of logits for all
         shared = np.diff(offsets) - 1 if prefix_sharing else 0

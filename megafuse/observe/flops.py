@@ -8,10 +8,12 @@ A multiply and an add count as two. For one decoder layer of width h, ffn f, n q
     LM head          2 * h * V        a row of logits: only rows that predict a response token, each once
     backward         twice the forward: one product for the input's gradient, one for the weight's
 
-so a step costs 6*L*W*tokens + 12*L*d*n*pairs + 6*h*V*head_rows: the accounting of PaLM (appendix B), with the pairs of
-the real mask in place of S^2. Computed tokens and pairs, not padding: prefix sharing lowers the FLOPs and the time
-alike, so MFU stays comparable. Recomputation is not counted (that would be HFU); norms, softmax and the embedding
-look-up are left out, as everywhere.
+so a step costs 6*L*W*tokens + 12*d*n*pairs + 6*h*V*head_rows, with the pairs of all L layers: the accounting of PaLM
+(appendix B), with the pairs of the real mask in place of S^2. A layer with a sliding window (Gemma 2, Mistral) has the
+pairs that its window admits and no others, so layers may differ. Computed tokens and pairs, not padding: prefix sharing
+lowers the FLOPs and the time alike, so MFU stays comparable; so it is with windows, as far as the kernel skips what
+they hide (`flex` skips whole blocks, `sdpa` nothing). Recomputation is not counted (that would be HFU); norms, softmax
+and the embedding look-up are left out, as everywhere.
 """
 
 import re
@@ -49,8 +51,8 @@ def _mlp_weights(arch: "ModelArch") -> int:
 
 
 def flops_per_pair(arch: "ModelArch") -> int:
-    """Forward FLOPs of one attended (query, key) pair in all layers: its score and its weighted value."""
-    return 4 * arch.num_layers * arch.num_heads * arch.head_dim
+    """Forward FLOPs of one attended (query, key) pair of one layer: its score and its weighted value."""
+    return 4 * arch.num_heads * arch.head_dim
 
 
 def flops_per_head_row(arch: "ModelArch") -> int:
@@ -65,26 +67,56 @@ def model_flops(arch: "ModelArch", tokens: int, head_rows: int, pairs: int, back
         arch: sizes of the model (gated MLP, or experts that are gated MLPs).
         tokens: tokens computed, padding excluded; a shared prompt once.
         head_rows: distinct rows of logits.
-        pairs: (query, key) pairs that the attention mask admits, summed over the rows (see `group_pairs`).
+        pairs: (query, key) pairs that the attention masks admit, summed over rows AND layers (see `layer_pairs`).
         backward: False for a forward-only pass, such as the reference model's.
     """
     forward = tokens * flops_per_token(arch) + pairs * flops_per_pair(arch) + head_rows * flops_per_head_row(arch)
     return 3 * forward if backward else forward
 
 
-def group_pairs(prompt_length: int, response_lengths: Iterable[int], prefix_sharing: bool) -> int:
-    """Attended (query, key) pairs of one prompt group: causal, each response seeing the prompt and itself only.
+def group_pairs(
+    prompt_length: int, response_lengths: Iterable[int], prefix_sharing: bool, window: int | None = None
+) -> int:
+    """Attended (query, key) pairs of one prompt group in one layer: causal, a response sees the prompt and itself only.
 
-    With P prompt tokens and responses of R_i: P(P+1)/2 + sum_i (R_i*P + R_i(R_i+1)/2) where the prompt is shared, and
-    sum_i (P+R_i)(P+R_i+1)/2 where each response carries its own copy.
+    A query at position p (a response continues its prompt's positions) sees min(p + 1, window) keys, so the first n
+    positions see T(n) = m(m+1)/2 + (n-m)*window pairs, m = min(n, window), and n(n+1)/2 without a window. With P
+    prompt tokens and responses of R_i: T(P) + sum_i (T(P+R_i) - T(P)) where the prompt is shared, and sum_i T(P+R_i)
+    where each response carries its own copy.
     """
     lengths = np.asarray(list(response_lengths), dtype=np.int64)
-    if not prefix_sharing:
-        whole = prompt_length + lengths
-        return int((whole * (whole + 1) // 2).sum())
-    return int(
-        prompt_length * (prompt_length + 1) // 2 + (lengths * prompt_length + lengths * (lengths + 1) // 2).sum()
-    )
+    offsets = np.array([0, len(lengths)])
+    return int(_pairs(np.array([prompt_length]), lengths, offsets, prefix_sharing, window)[0])
+
+
+def layer_pairs(
+    arch: "ModelArch",
+    prompt_lengths: np.ndarray,
+    response_lengths: np.ndarray,
+    offsets: np.ndarray,
+    prefix_sharing: bool,
+) -> np.ndarray:
+    """Attended pairs of every group, summed over the layers of `arch`, each with its window, int64 [groups].
+
+    prompt_lengths [groups]; the responses of group g are response_lengths[offsets[g] : offsets[g + 1]].
+    """
+    windowed = len(arch.window_layers) if arch.window is not None else 0
+    lengths = (prompt_lengths, response_lengths, offsets, prefix_sharing)
+    pairs = (arch.num_layers - windowed) * _pairs(*lengths, None)
+    return pairs + windowed * _pairs(*lengths, arch.window) if windowed else pairs
+
+
+def _pairs(
+    prompts: np.ndarray, responses: np.ndarray, offsets: np.ndarray, prefix_sharing: bool, window: int | None
+) -> np.ndarray:
+    def first(positions: np.ndarray) -> np.ndarray:
+        full = positions if window is None else np.minimum(positions, window)
+        return full * (full + 1) // 2 + (positions - full) * (window or 0)
+
+    prompts, counts = prompts.astype(np.int64), np.diff(offsets)
+    whole = first(np.repeat(prompts, counts) + responses)
+    totals = np.diff(np.concatenate(([0], np.cumsum(whole)))[offsets])
+    return totals - (counts - 1) * first(prompts) if prefix_sharing else totals
 
 
 def mfu(flops: float, seconds: float, devices: int, peak: float | None) -> float | None:

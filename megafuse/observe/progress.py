@@ -20,6 +20,7 @@ _SHOWN: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("grad_norm", lambda v: f"grad {v:.3g}"),
     ("lr", lambda v: f"lr {v:.2e}"),
     ("tokens_per_second", lambda v: f"{v:,.0f} tok/s"),
+    ("mb_per_second", lambda v: f"{v:,.0f} MB/s"),
     ("mfu", lambda v: f"MFU {100 * v:.1f}%"),
 )
 
@@ -80,8 +81,8 @@ class Progress:
         """Show that `done` of the total are done.
 
         `metrics` is a record of metrics.jsonl or a part of one; what is known of it is shown (loss, margin, accuracy,
-        grad_norm, lr, tokens_per_second, mfu), the rest ignored. Time left follows from the recent updates, so that a
-        run that goes on from a checkpoint is not taken for a fast one.
+        grad_norm, lr, tokens_per_second, mb_per_second, mfu), the rest ignored. Time left follows from the recent
+        updates, so that a run that goes on from a checkpoint is not taken for a fast one.
         """
         if not self._enabled:
             return

@@ -2,10 +2,12 @@
 
 import errno
 import filecmp
+import io
 import json
 import os
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -196,6 +198,29 @@ def test_a_poisoned_pickle_is_not_run(tmp_path, gemma, monkeypatch):
         with pytest.raises(IntegrityError, match=r"posix\.mkdir|do not trust"):
             attempt()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt"]
+
+
+def test_a_poisoned_tensor_is_not_run(tmp_path, gemma, monkeypatch):
+    """The pickle that describes a tensor inside a `.distcp` file; `common.pt`, which no conversion reads."""
+    monkeypatch.chdir(tmp_path)
+    import_hf(gemma, tmp_path / "ckpt")
+    (tmp_path / "ckpt" / "manifest.json").unlink()
+    (tmp_path / "ckpt" / "common.pt").write_bytes(pickle.dumps(Poison()))
+    export_hf("ckpt", "out")
+    assert_same_folder(gemma, tmp_path / "out")
+    metadata = pickle.loads((tmp_path / "ckpt" / ".metadata").read_bytes())
+    info = next(info for index, info in metadata.storage_data.items() if index.fqn.endswith("final_layernorm.weight"))
+    evil = io.BytesIO()
+    with zipfile.ZipFile(evil, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Poison()))
+        archive.writestr("archive/data/0", bytes(64))
+    with (tmp_path / "ckpt" / info.relative_path).open("ab") as file:
+        info.offset, info.length = file.tell(), file.write(evil.getvalue())
+    (tmp_path / "ckpt" / ".metadata").write_bytes(pickle.dumps(metadata))
+    for attempt in (lambda: export_hf("ckpt", "no", jobs=2), lambda: verify("ckpt", gemma)):
+        with pytest.raises(IntegrityError, match=r"posix\.mkdir; it is no plain tensor"):
+            attempt()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt", "out"]
 
 
 def test_a_part_of_any_tensor_comes_straight_from_the_folder(tmp_path):

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from megafuse.errors import ConfigError
 from megafuse.model.arch import ModelArch
-from megafuse.observe.flops import device_peak_flops, flops_per_token, group_pairs, mfu, model_flops
+from megafuse.observe.flops import device_peak_flops, flops_per_token, group_pairs, layer_pairs, mfu, model_flops
 
 
 def sizes_of(
@@ -60,7 +60,7 @@ def test_against_torch_counter(sizes: ModelArch, kept: int) -> None:
     batch, length = 3, 23
     ids = torch.randint(sizes.vocab_size, (batch, length))
     head_rows = batch * (kept or length)
-    numbers = {"tokens": batch * length, "head_rows": head_rows, "pairs": batch * length**2}
+    numbers = {"tokens": batch * length, "head_rows": head_rows, "pairs": sizes.num_layers * batch * length**2}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(ids, logits_to_keep=kept)
     assert counter.get_total_flops() == model_flops(sizes, **numbers, backward=False)
@@ -84,7 +84,7 @@ def test_experts_against_torch_counter(experts: tuple[int, int, int]) -> None:
     model = Qwen3MoeForCausalLM(config)
     batch, length = 3, 11
     ids = torch.randint(77, (batch, length))
-    numbers = {"tokens": batch * length, "head_rows": batch * length, "pairs": batch * length**2}
+    numbers = {"tokens": batch * length, "head_rows": batch * length, "pairs": sizes.num_layers * batch * length**2}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(ids)
     assert counter.get_total_flops() == model_flops(sizes, **numbers, backward=False)
@@ -103,18 +103,57 @@ def test_linear_flops_are_two_a_parameter() -> None:
     assert model_flops(LLAMA_8B, 0, 3, 0) == 6 * 3 * 128256 * 4096
 
 
-def test_pairs_against_the_mask_itself() -> None:
+def mask_pairs(prompt: int, responses: np.ndarray, sharing: bool, window: int | None) -> int:
+    """The mask of every query and key of a group, made place by place and counted."""
+    groups = [responses] if sharing else [responses[i : i + 1] for i in range(len(responses))]
+    seen = 0
+    for group in groups:
+        segment = np.repeat(np.arange(1 + len(group)), [prompt, *group])
+        position = np.concatenate([np.arange(prompt), *(prompt + np.arange(r) for r in group)])
+        for q in range(len(segment)):
+            for k in range(q + 1):
+                admitted = segment[q] == segment[k] or segment[k] == 0
+                seen += bool(admitted and (window is None or position[k] > position[q] - window))
+    return seen
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_pairs_against_the_mask_itself(sharing: bool) -> None:
     rng = np.random.default_rng()
-    for _ in range(20):
-        prompt, responses = int(rng.integers(1, 9)), rng.integers(0, 9, size=rng.integers(1, 6))
-        segment = np.repeat(np.arange(1 + len(responses)), [prompt, *responses])
-        parent = np.where(segment > 0, 0, segment)
-        place = np.arange(len(segment))
-        causal = place[:, None] >= place[None]
-        seen = causal & ((segment[:, None] == segment[None]) | (parent[:, None] == segment[None]))
-        assert group_pairs(prompt, responses.tolist(), True) == seen.sum()
-        alone = [np.tri(prompt + r, dtype=int).sum() for r in responses]
-        assert group_pairs(prompt, responses.tolist(), False) == sum(alone)
+    for window in (None, 1, 2, 3, 5, 8, 13, 40, None):
+        prompt, responses = int(rng.integers(1, 9)), rng.integers(0, 9, size=rng.integers(1, 5))
+        wanted = mask_pairs(prompt, responses, sharing, window)
+        assert group_pairs(prompt, responses.tolist(), sharing, window) == wanted, (prompt, responses, window)
+        if window is None:
+            assert group_pairs(prompt, responses.tolist(), sharing) == wanted
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_pairs_of_layers_with_and_without_a_window(sharing: bool) -> None:
+    """Gemma 2 has a window in every other layer, Mistral in all; of a batch of groups, layer by layer."""
+    rng = np.random.default_rng()
+    counts = rng.integers(1, 5, size=6)
+    prompts, flat = rng.integers(1, 12, size=6), rng.integers(0, 12, size=counts.sum())
+    offsets = np.concatenate(([0], np.cumsum(counts)))
+    five = replace(LLAMA_8B, num_layers=5)
+    for layers in ((), (0, 2, 4), (0, 1, 2, 3, 4)):
+        arch = replace(five, window=6 if layers else None, window_layers=layers)
+        wanted = [
+            sum(mask_pairs(p, flat[a:b], sharing, arch.window_of(layer)) for layer in range(5))
+            for p, a, b in zip(prompts.tolist(), offsets, offsets[1:])
+        ]
+        found = layer_pairs(arch, prompts.astype(np.int32), flat.astype(np.int32), offsets, sharing)
+        assert found.tolist() == wanted and found.dtype == np.int64
+
+
+def test_a_windowed_model_costs_less() -> None:
+    """A row of 8192 tokens under a window of 4096 in half of the layers, by hand."""
+    gemma = replace(LLAMA_8B, num_layers=26, window=4096, window_layers=tuple(range(0, 26, 2)))
+    lengths = np.array([0]), np.array([8192]), np.array([0, 1])
+    pairs = int(layer_pairs(gemma, *lengths, False)[0])
+    assert pairs == 13 * (8192 * 8193 // 2) + 13 * (4096 * 4097 // 2 + 4096 * 4096)
+    full = int(layer_pairs(replace(gemma, window=None, window_layers=()), *lengths, False)[0])
+    assert model_flops(gemma, 0, 0, full) - model_flops(gemma, 0, 0, pairs) == 12 * 32 * 128 * (full - pairs) > 0
 
 
 def test_mfu() -> None:

@@ -1,6 +1,7 @@
 """Rows of groups against a naive construction; the plan of a global batch; the sampler."""
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,8 @@ def test_an_empty_row_is_all_padding() -> None:
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_plan_counts_what_the_rows_hold(data: GroupDataset, sharing: bool, ranks: int) -> None:
     shape = RowShape(dp_size=ranks, multiple=4)
-    planner = RowPlanner(data, ARCH, max_row_tokens=300, prefix_sharing=sharing, shape=shape)
+    arch = replace(ARCH, num_layers=3, window=7, window_layers=(1,))
+    planner = RowPlanner(data, arch, max_row_tokens=300, prefix_sharing=sharing, shape=shape)
     batch = np.array([5, 2, 9, 11, 0])
     plan = planner.plan(batch)
     rows = [
@@ -91,7 +93,12 @@ def test_plan_counts_what_the_rows_hold(data: GroupDataset, sharing: bool, ranks
     assert sorted(g for row in rows for g in row.groups) == sorted(batch.tolist())
     assert plan.computed_tokens == sum(row.tokens.numel() for row in rows)
     assert plan.model_tokens == sum(int((row.layout[0] >= 0).sum()) for row in rows)
-    assert plan.pairs == sum(int(visible(row.layout[0], row.layout[1]).sum()) for row in rows)
+    pairs = 0
+    for row in rows:
+        seen = visible(row.layout[0], row.layout[1])
+        near = row.positions[:, None] - row.positions[None] < 7
+        pairs += 2 * int(seen.sum()) + int((seen & near).sum())
+    assert plan.pairs == pairs
     assert plan.head_rows == sum(len(row.target_rows.unique()) for row in rows)
     lengths = [len(data[int(g)].prompt) + int(data[int(g)].response_lengths.sum()) for g in batch]
     assert plan.useful_tokens == sum(lengths) and plan.groups == 5
