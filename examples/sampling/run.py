@@ -62,7 +62,7 @@ def pipeline(args: argparse.Namespace) -> None:
             "--temperature",
             temperature,
         ]
-        flags += ["--n", 3, "--max_tokens", 48, "--max_model_len", 512, "--dtype", "float32", "--chunk", 24]
+        flags += ["--n", 3, "--max_tokens", 32, "--max_model_len", 256, "--dtype", "float32", "--chunk", 24]
         megafuse("sample", *flags, python=args.vllm_python)
         responses.append(out)
     scored = run / "scored.jsonl"

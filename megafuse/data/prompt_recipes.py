@@ -65,38 +65,70 @@ def leetcode_text(row: Row) -> str:
     return f"{row['content']}\n\nWrite a Python function `{signature}`." if signature else str(row["content"])
 
 
+_DEFINITION = re.compile(r"^ *def +(\w+)\(([^)]*)\)", re.MULTILINE)
+
+
 def _signature(row: Row) -> str | None:
-    found = re.search(r"^def (\w+)\(([^)]*)\)", str(row.get("python") or ""), re.MULTILINE)
-    if not found:
+    """`name(parameters)` of the function of the set's Python solution that takes what the examples give.
+
+    Solutions have helpers, and some of them answer another problem: a function counts only where it can be called with
+    the arguments of the first example; the one with those parameter names is preferred, then the one named like the
+    problem's slug.
+    """
+    examples = _examples(row)
+    if not examples:
         return None
-    names = [part.split(":")[0].split("=")[0].strip() for part in found[2].split(",")]
-    return f"{found[1]}({', '.join(names)})"
+    names, values, _ = examples[0]
+    slug = re.sub(r"\W|_", "", str(row.get("slug") or "")).lower()
+    best: tuple[bool, bool, str] | None = None
+    for name, given in _DEFINITION.findall(str(row.get("python") or "")):
+        parts = [part.strip() for part in given.split(",") if part.strip() and part.strip() != "self"]
+        parameters = [part.split(":")[0].split("=")[0].strip() for part in parts]
+        needed = sum("=" not in part for part in parts)
+        if name.startswith("__") or not needed <= len(values) <= len(parameters):
+            continue
+        parameters = parameters[: len(values)]
+        rank = (parameters == names, name.replace("_", "").lower() == slug, f"{name}({', '.join(parameters)})")
+        if best is None or rank[:2] > best[:2]:
+            best = rank
+    return best[2] if best else None
 
 
 _EXAMPLE = re.compile(r"\*{0,2}Input:?\*{0,2}:?\s*(.+?)\s*\n+\s*\*{0,2}Output:?\*{0,2}:?\s*(.+?)\s*(?:\n|$)")
 _WORDS = {"true": "True", "false": "False", "null": "None"}
 
 
+def _examples(row: Row) -> list[tuple[list[str], list[Any], Any]]:
+    """(names, values, result) of each example whose input is written `name = value, ...`.
+
+    The set's text is Markdown made from a page: brackets are escaped, and a space stands before a closing quote.
+    """
+    found = []
+    for given, wanted in _EXAMPLE.findall(re.sub(r"\\([^\w\s])", r"\1", str(row["content"]))):
+        try:
+            call, result = (_expression(text) for text in (f"f({given})", wanted))
+            assert isinstance(call, ast.Call)
+            names = [k.arg or "" for k in call.keywords]
+            values = [ast.literal_eval(value) for value in [*call.args, *(k.value for k in call.keywords)]]
+            found.append((names, values, ast.literal_eval(result)))
+        except (SyntaxError, ValueError):
+            continue
+    return found
+
+
+def _expression(text: str) -> ast.expr:
+    text = re.sub(r' "(?=[\],)]|$)', '"', text)
+    return ast.parse(re.sub(r"\b(true|false|null)\b", lambda m: _WORDS[m[1]], text), mode="eval").body
+
+
 def leetcode_tests(row: Row) -> dict[str, Any] | None:
-    """Tests from the examples of a problem whose inputs are written `name = value, ...`; None where there are none."""
+    """Tests from the examples of a problem; None where none can be read, or no function of the solution fits them."""
     signature = _signature(row)
     if signature is None:
         return None
-    lines = []
-    for given, wanted in _EXAMPLE.findall(str(row["content"])):
-        try:
-            call, result = (
-                ast.parse(re.sub(r"\b(true|false|null)\b", lambda m: _WORDS[m[1]], text), mode="eval").body
-                for text in (f"f({given})", wanted)
-            )
-            assert isinstance(call, ast.Call)
-            values = [*call.args, *(k.value for k in call.keywords), result]
-            arguments = ", ".join(repr(ast.literal_eval(value)) for value in values[:-1])
-            lines.append(f"    assert candidate({arguments}) == {ast.literal_eval(result)!r}")
-        except (SyntaxError, ValueError):
-            continue
-    if not lines:
-        return None
+    lines = [
+        f"    assert candidate({', '.join(map(repr, values))}) == {result!r}" for _, values, result in _examples(row)
+    ]
     return {"code": "def check(candidate):\n" + "\n".join(lines) + "\n", "entry_point": signature.split("(")[0]}
 
 
