@@ -2,7 +2,7 @@
 
 Column names are those of the sets on the hub. What the papers leave open is ours and said where it stands: code and
 math are recognised by the set's own categories where it has them, by words where it has not; test cases are taken from
-the examples of a LeetCode problem, and from the assertions in a response of self-oss-instruct.
+the examples of a LeetCode problem, and from the assertions that an instruction of self-oss-instruct states.
 """
 
 import ast
@@ -132,16 +132,30 @@ def leetcode_tests(row: Row) -> dict[str, Any] | None:
     return {"code": "def check(candidate):\n" + "\n".join(lines) + "\n", "entry_point": signature.split("(")[0]}
 
 
+_STATED = re.compile(
+    r"your code should pass the following [^\n`]*\n+```(?:python|py)?\n(.*?)```", re.DOTALL | re.IGNORECASE
+)
+_BLOCK = re.compile(r"```(?:python|py)?\n(.*?)```", re.DOTALL)
+
+
 def assertion_tests(row: Row) -> dict[str, Any] | None:
-    """The assertions at top level of the code in a response; None where there are none."""
-    found: list[str] = []
-    for block in re.findall(r"```(?:python|py)?\n(.*?)```", str(row["response"]), re.DOTALL):
-        try:
-            tree = ast.parse(block)
-        except SyntaxError:
-            continue
-        found += [ast.unparse(node) for node in tree.body if isinstance(node, ast.Assert)]
+    """Tests of a self-oss-instruct row: the block that the instruction says the code should pass, with what it sets up;
+    where it states none, the assertions at top level of the response's code. None where there are none of both.
+    """
+    for block in _STATED.findall(str(row["instruction"])):
+        tree = _parsed(block)
+        if any(isinstance(node, ast.Assert) for node in ast.walk(tree)):
+            return {"code": block}
+    nodes = [node for block in _BLOCK.findall(str(row["response"])) for node in _parsed(block).body]
+    found = [ast.unparse(node) for node in nodes if isinstance(node, ast.Assert)]
     return {"code": "\n".join(found) + "\n"} if found else None
+
+
+def _parsed(code: str) -> ast.Module:
+    try:
+        return ast.parse(code)
+    except (SyntaxError, ValueError):
+        return ast.Module([], [])
 
 
 RECIPES: dict[str, PromptRecipe] = {

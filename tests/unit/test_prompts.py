@@ -68,9 +68,13 @@ SETS: dict[str, tuple[list[dict[str, Any]], int]] = {
         [{"fingerprint": None, "sha1": "a", "seed": "def f(): ...", "concepts": [], "prompt": "p", "id": 1,
           "instruction": "Write a function that doubles a number.",
           "response": "```python\ndef double(x):\n    return 2 * x\n```\n```python\nassert double(2) == 4\n```"},
+         {"fingerprint": None, "sha1": "c", "seed": "", "concepts": [], "prompt": "p", "id": 3,
+          "instruction": "Write a function that triples.\n\nYour code should pass the following test case:\n"
+          "```python\nx = 2\nassert triple(x) == 6\n```",
+          "response": "```python\ndef triple(x):\n    return 3 * x\n```"},
          {"fingerprint": None, "sha1": "b", "seed": "", "concepts": [], "prompt": "p", "id": 2,
           "instruction": "Write a function that has no tests.", "response": "```python\nx = 1\n```"}],
-        1,
+        2,
     ),
     "alpaca_gpt4_zh": (
         [{"instruction": ZH, "input": "", "output": "x"},
@@ -139,7 +143,10 @@ def test_tests_of_the_coding_sets_work(tmp_path: Path) -> None:
     right = "def twoSum(nums, target):\n    return [0, 1]"
     assert grade_code(box, right, record["tests"]) == (True, "passed")
     assert grade_code(box, right.replace("1]", "2]"), record["tests"]) == (False, "failed")
-    (record,), _ = run(tmp_path, "self_oss_instruct", saved(tmp_path / "b", "self_oss_instruct"))
+    (record, stated), counts = run(tmp_path, "self_oss_instruct", saved(tmp_path / "b", "self_oss_instruct"))
+    assert counts["dropped.without_tests"] == 1
+    assert grade_code(box, "def triple(x):\n    return x * 3", stated["tests"]) == (True, "passed")
+    assert grade_code(box, "def triple(x):\n    return x", stated["tests"]) == (False, "failed")
     assert grade_code(box, "def double(x):\n    return x + x", record["tests"]) == (True, "passed")
     assert grade_code(box, "def double(x):\n    return x", record["tests"]) == (False, "failed")
 
