@@ -15,6 +15,7 @@ from megafuse.data.prompts import language_of, make_prompts
 from megafuse.errors import ConfigError, DataError
 from megafuse.rewards.code import grade_code
 from megafuse.rewards.sandbox import Sandbox
+from megafuse.sampling.registry import REGISTRY
 
 ZH = "\u8bf7\u5199\u4e00\u9996\u5173\u4e8e\u6625\u5929\u7684\u8bd7\uff0c" * 2
 # as the set has it: Markdown of a page, with escaped brackets and a space before closing quotes
@@ -226,7 +227,7 @@ def test_languages() -> None:
     assert language_of("\u042d\u0442\u043e") is None and language_of("123 !") is None
 
 
-def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean ultrafeedback"):
         run(tmp_path, "ultrafeadback", tmp_path)
     with pytest.raises(ConfigError, match="holds no"):
@@ -239,5 +240,9 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "broken" / "a.jsonl").write_text('{"prompt": "x"}\n{"pro')
     with pytest.raises(ConfigError, match="cannot be read"):
         run(tmp_path, "helpsteer2", tmp_path / "broken")
-    assert main(["prompts", "--recipe", "list", "--output", "x"]) == 0
-    assert "OpenMathInstruct-2" in capsys.readouterr().out
+
+
+def test_what_there_is_can_be_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prompts", "list"]) == 0 and main(["sample", "list"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in (*RECIPES, *REGISTRY)) and "repetition" in out
