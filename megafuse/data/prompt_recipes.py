@@ -52,7 +52,8 @@ def general_text(row: Row, text: str) -> bool:
 
 def general_category(row: Row, text: str) -> bool:
     """Neither code nor math, by Magpie's `task_category`."""
-    return row.get("task_category") not in ("Math", "Coding & Debugging", "Data analysis")
+    category = str(row.get("task_category")).casefold()  # releases differ in their capitals
+    return category not in ("math", "coding & debugging", "data analysis")
 
 
 def _joined(row: Row) -> str:

@@ -43,6 +43,8 @@ SETS: dict[str, tuple[list[dict[str, Any]], int]] = {
              "task_category": "Information seeking"},
             {"uuid": "2", "instruction": "What is 3 plus four, please?", "chosen": [], "rejected": [],
              "task_category": "Math"},
+            {"uuid": "3", "instruction": "Summarise this table of sales.", "chosen": [], "rejected": [],
+             "task_category": "Data Analysis"},
         ],
         1,
     ),
