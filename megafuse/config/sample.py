@@ -16,7 +16,7 @@ class SampleConfig(Config):
     output: Path
     """Responses of this one source (.jsonl, or .jsonl.gz). Beside it: OUTPUT.chunks/, OUTPUT.manifest.json."""
     source: str = Field(min_length=1)
-    """Name of the source in the data. A name of the registry (`megafuse sample --source list`) brings its settings."""
+    """Name of the source in the data. A name of the registry (`megafuse sample list`) brings its settings."""
     engine: Literal["vllm", "server"] = "vllm"
     """vllm: in this process, offline. server: any OpenAI-compatible server."""
     model: Path | None = None
@@ -72,7 +72,7 @@ class SampleConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> "SampleConfig":
-        if self.engine == "vllm" and self.model is None and self.source != "list":
+        if self.engine == "vllm" and self.model is None:
             raise ValueError('engine = "vllm" needs model = FOLDER')
         if self.job >= self.jobs:
             raise ValueError(f"job = {self.job} must be below jobs = {self.jobs}; the first is 0")

@@ -109,7 +109,8 @@ class ChunkedStage:
         except FileNotFoundError:
             return None
         try:
-            rows = [json.loads(line) for line in data.decode("utf-8").splitlines()]
+            # not splitlines: a response may hold U+2028 or U+0085, which JSON leaves as they are
+            rows = [json.loads(line) for line in data.split(b"\n")[:-1]]
             whole = data.endswith(b"\n") and [r["prompt_id"] for r in rows] == [
                 r["prompt_id"] for r in self.part(index)
             ]
@@ -159,7 +160,11 @@ class ChunkedStage:
         except ValueError as e:
             raise DataError(f"chunk {index} of {self.output}: {e}") from None
         with atomic_file(self.path(index)) as file:
-            file.write("".join(line + "\n" for line in lines).encode())
+            for row, line in zip(rows, lines):
+                try:
+                    file.write(line.encode() + b"\n")
+                except UnicodeEncodeError:  # half of a surrogate pair in a key of the user's own: kept, as an escape
+                    file.write(json.dumps(row).encode() + b"\n")
 
     def finish(self, facts: Mapping[str, Any]) -> bool:
         """Join the chunks into the output where all are there; False where other jobs still have some to make."""

@@ -2,7 +2,7 @@
 
 Column names are those of the sets on the hub. What the papers leave open is ours and said where it stands: code and
 math are recognised by the set's own categories where it has them, by words where it has not; test cases are taken from
-the examples of a LeetCode problem, and from the assertions in a response of self-oss-instruct.
+the examples of a LeetCode problem, and from the assertions that an instruction of self-oss-instruct states.
 """
 
 import ast
@@ -52,7 +52,8 @@ def general_text(row: Row, text: str) -> bool:
 
 def general_category(row: Row, text: str) -> bool:
     """Neither code nor math, by Magpie's `task_category`."""
-    return row.get("task_category") not in ("Math", "Coding & Debugging", "Data analysis")
+    category = str(row.get("task_category")).casefold()  # releases differ in their capitals
+    return category not in ("math", "coding & debugging", "data analysis")
 
 
 def _joined(row: Row) -> str:
@@ -65,51 +66,97 @@ def leetcode_text(row: Row) -> str:
     return f"{row['content']}\n\nWrite a Python function `{signature}`." if signature else str(row["content"])
 
 
+_DEFINITION = re.compile(r"^ *def +(\w+)\(([^)]*)\)", re.MULTILINE)
+
+
 def _signature(row: Row) -> str | None:
-    found = re.search(r"^def (\w+)\(([^)]*)\)", str(row.get("python") or ""), re.MULTILINE)
-    if not found:
+    """`name(parameters)` of the function of the set's Python solution that takes what the examples give.
+
+    Solutions have helpers, and some of them answer another problem: a function counts only where it can be called with
+    the arguments of the first example; the one with those parameter names is preferred, then the one named like the
+    problem's slug.
+    """
+    examples = _examples(row)
+    if not examples:
         return None
-    names = [part.split(":")[0].split("=")[0].strip() for part in found[2].split(",")]
-    return f"{found[1]}({', '.join(names)})"
+    names, values, _ = examples[0]
+    slug = re.sub(r"\W|_", "", str(row.get("slug") or "")).lower()
+    best: tuple[bool, bool, str] | None = None
+    for name, given in _DEFINITION.findall(str(row.get("python") or "")):
+        parts = [part.strip() for part in given.split(",") if part.strip() and part.strip() != "self"]
+        parameters = [part.split(":")[0].split("=")[0].strip() for part in parts]
+        needed = sum("=" not in part for part in parts)
+        if name.startswith("__") or not needed <= len(values) <= len(parameters):
+            continue
+        parameters = parameters[: len(values)]
+        rank = (parameters == names, name.replace("_", "").lower() == slug, f"{name}({', '.join(parameters)})")
+        if best is None or rank[:2] > best[:2]:
+            best = rank
+    return best[2] if best else None
 
 
 _EXAMPLE = re.compile(r"\*{0,2}Input:?\*{0,2}:?\s*(.+?)\s*\n+\s*\*{0,2}Output:?\*{0,2}:?\s*(.+?)\s*(?:\n|$)")
 _WORDS = {"true": "True", "false": "False", "null": "None"}
 
 
+def _examples(row: Row) -> list[tuple[list[str], list[Any], Any]]:
+    """(names, values, result) of each example whose input is written `name = value, ...`.
+
+    The set's text is Markdown made from a page: brackets are escaped, and a space stands before a closing quote.
+    """
+    found = []
+    for given, wanted in _EXAMPLE.findall(re.sub(r"\\([^\w\s])", r"\1", str(row["content"]))):
+        try:
+            call, result = (_expression(text) for text in (f"f({given})", wanted))
+            assert isinstance(call, ast.Call)
+            names = [k.arg or "" for k in call.keywords]
+            values = [ast.literal_eval(value) for value in [*call.args, *(k.value for k in call.keywords)]]
+            found.append((names, values, ast.literal_eval(result)))
+        except (SyntaxError, ValueError):
+            continue
+    return found
+
+
+def _expression(text: str) -> ast.expr:
+    text = re.sub(r' "(?=[\],)]|$)', '"', text)
+    return ast.parse(re.sub(r"\b(true|false|null)\b", lambda m: _WORDS[m[1]], text), mode="eval").body
+
+
 def leetcode_tests(row: Row) -> dict[str, Any] | None:
-    """Tests from the examples of a problem whose inputs are written `name = value, ...`; None where there are none."""
+    """Tests from the examples of a problem; None where none can be read, or no function of the solution fits them."""
     signature = _signature(row)
     if signature is None:
         return None
-    lines = []
-    for given, wanted in _EXAMPLE.findall(str(row["content"])):
-        try:
-            call, result = (
-                ast.parse(re.sub(r"\b(true|false|null)\b", lambda m: _WORDS[m[1]], text), mode="eval").body
-                for text in (f"f({given})", wanted)
-            )
-            assert isinstance(call, ast.Call)
-            values = [*call.args, *(k.value for k in call.keywords), result]
-            arguments = ", ".join(repr(ast.literal_eval(value)) for value in values[:-1])
-            lines.append(f"    assert candidate({arguments}) == {ast.literal_eval(result)!r}")
-        except (SyntaxError, ValueError):
-            continue
-    if not lines:
-        return None
+    lines = [
+        f"    assert candidate({', '.join(map(repr, values))}) == {result!r}" for _, values, result in _examples(row)
+    ]
     return {"code": "def check(candidate):\n" + "\n".join(lines) + "\n", "entry_point": signature.split("(")[0]}
 
 
+_STATED = re.compile(
+    r"your code should pass the following [^\n`]*\n+```(?:python|py)?\n(.*?)```", re.DOTALL | re.IGNORECASE
+)
+_BLOCK = re.compile(r"```(?:python|py)?\n(.*?)```", re.DOTALL)
+
+
 def assertion_tests(row: Row) -> dict[str, Any] | None:
-    """The assertions at top level of the code in a response; None where there are none."""
-    found: list[str] = []
-    for block in re.findall(r"```(?:python|py)?\n(.*?)```", str(row["response"]), re.DOTALL):
-        try:
-            tree = ast.parse(block)
-        except SyntaxError:
-            continue
-        found += [ast.unparse(node) for node in tree.body if isinstance(node, ast.Assert)]
+    """Tests of a self-oss-instruct row: the block that the instruction says the code should pass, with what it sets up;
+    where it states none, the assertions at top level of the response's code. None where there are none of both.
+    """
+    for block in _STATED.findall(str(row["instruction"])):
+        tree = _parsed(block)
+        if any(isinstance(node, ast.Assert) for node in ast.walk(tree)):
+            return {"code": block}
+    nodes = [node for block in _BLOCK.findall(str(row["response"])) for node in _parsed(block).body]
+    found = [ast.unparse(node) for node in nodes if isinstance(node, ast.Assert)]
     return {"code": "\n".join(found) + "\n"} if found else None
+
+
+def _parsed(code: str) -> ast.Module:
+    try:
+        return ast.parse(code)
+    except (SyntaxError, ValueError):
+        return ast.Module([], [])
 
 
 RECIPES: dict[str, PromptRecipe] = {

@@ -31,7 +31,7 @@ class ReportData:
     finish: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     wins: Counter[tuple[str, str]] = field(default_factory=Counter)  # best response of one above that of the other
     met: Counter[tuple[str, str]] = field(default_factory=Counter)  # prompts that both answered
-    best: Counter[str] = field(default_factory=Counter)  # prompts whose best response is of the source
+    best: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # prompts it is best of; ties shared
     gaps: list[float] = field(default_factory=list)  # of pairs inside a source
     no_pair: Counter[str] = field(default_factory=Counter)
     longer_chosen: int = 0
@@ -95,7 +95,9 @@ def _add(data: ReportData, record: ScoredPrompt, lengths: Lengths | None) -> Non
         data.correct[source][{True: "correct", False: "incorrect", None: "not graded"}[response.correct]] += 1
         data.finish[source][response.finish_reason or "not known"] += 1
         best[source] = max(best.get(source, reward), reward)
-    data.best[max(best, key=lambda s: best[s])] += 1
+    winners = [source for source, reward in best.items() if reward == max(best.values())]
+    for source in winners:
+        data.best[source] += 1 / len(winners)
     for one, two in combinations(best, 2):
         data.met[one, two] += 1
         data.met[two, one] += 1

@@ -32,7 +32,8 @@ def page(data: ReportData, *, title: str, unit: str, manifests: Sequence[Mapping
         f"{len(data.rewards)} sources.</p>",
         "<h2>Sources</h2>", _sources(data, unit),
         _figure(lambda ax: _histograms(ax, data.rewards, data, "reward"), "Rewards of each source."),
-        _figure(lambda ax: _histograms(ax, data.lengths, data, unit), f"Lengths of responses in {unit}."),
+        _figure(lambda ax: _histograms(ax, data.lengths, data, unit),
+                f"Lengths of responses in {unit}; the longest 0.5% are in the last bin."),
         "<h2>Who wins</h2>", _win_matrix(data),
         "<h2>Which alpha mixes</h2>",
         _figure(lambda ax: _entropy(ax, data), f"Effective number of sources: exp of the entropy of Eq. 8's weights, "
@@ -84,9 +85,10 @@ def _histograms(axes: Any, values: Mapping[str, Sequence[float]], data: ReportDa
     bins = np.linspace(everything.min(), max(high, everything.min() + 1e-9), 41)
     for source in data.sources:
         clipped = np.clip(values[source], bins[0], bins[-1])
-        axes.hist(clipped, bins=bins, histtype="step", density=True, label=source.replace("$", r"\$"))
+        share = np.full(len(clipped), 1 / len(clipped))
+        axes.hist(clipped, bins=bins, histtype="step", weights=share, label=source.replace("$", r"\$"))
     axes.set_xlabel(label)
-    axes.set_ylabel("density")
+    axes.set_ylabel("share of its responses")
     if values:
         axes.legend(fontsize="small", ncols=2)
 
@@ -121,8 +123,8 @@ def _win_matrix(data: ReportData) -> str:
     names = data.sources
     rates = {(a, b): data.win_rate(a, b) for a in names for b in names if a != b}
     rows = [[a, *("" if a == b or rates[a, b] is None else f"{rates[a, b]:.0%}" for b in names)] for a in names]
-    note = '<p class="note">Row above column: share of the prompts both answered whose best response is better.</p>'
-    return _table(["", *names], rows) + note
+    note = "Row above column: share of the prompts both answered whose best response is better, a tie half."
+    return _table(["", *names], rows) + f'<p class="note">{note}</p>'
 
 
 def _pairs(data: ReportData, unit: str) -> str:
@@ -139,7 +141,7 @@ def _pairs(data: ReportData, unit: str) -> str:
         text += f"<p>Without a pair: {_shares(data.no_pair)}.</p>"
 
     def draw(axes: Any) -> None:
-        axes.hist(data.gaps, bins=40)
+        axes.hist(data.gaps, bins=40, range=(0, max(data.gaps)))
         axes.set_xlabel("reward gap of a pair")
         axes.set_ylabel("pairs")
 

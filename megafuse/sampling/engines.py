@@ -1,6 +1,7 @@
 """What generates: vLLM in this process, or a server. Both take requests with their own seeds and give texts."""
 
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -179,4 +180,5 @@ class ServerEngine:
                 f"{self.client.url}: an answer without text to prompt {request.prompt_id!r}: {choice!r:.200}"
             )
         tokens = (answer.get("usage") or {}).get("completion_tokens") or 0
-        return Generated(text, choice.get("finish_reason") or "unknown", int(tokens))
+        whole = re.sub("[\ud800-\udfff]", "\ufffd", text)  # a server that cuts an emoji sends half of it: no text
+        return Generated(whole, choice.get("finish_reason") or "unknown", int(tokens))

@@ -57,6 +57,12 @@ def test_numbers(tmp_path: Path) -> None:
                     x, y = max(best[0]), max(best[1])
                     scores.append(1.0 if x > y else 0.5 if x == y else 0.0)
             assert data.win_rate(one, two) == pytest.approx(sum(scores) / len(scores))
+    for source in SOURCES:
+        share = 0.0
+        for row in given:
+            top = {r["source"] for r in row["responses"] if r["reward"] == max(x["reward"] for x in row["responses"])}
+            share += (source in top) / len(top)
+        assert data.best[source] == pytest.approx(share)
     longer = shorter = 0
     for row in given:
         for source in SOURCES:

@@ -10,19 +10,23 @@ import pytest
 from megafuse.cli.main import main
 from megafuse.config.load import validate
 from megafuse.config.prompts import PromptsConfig
-from megafuse.data.prompt_recipes import RECIPES
+from megafuse.data.prompt_recipes import RECIPES, leetcode_tests, leetcode_text
 from megafuse.data.prompts import language_of, make_prompts
 from megafuse.errors import ConfigError, DataError
 from megafuse.rewards.code import grade_code
 from megafuse.rewards.sandbox import Sandbox
+from megafuse.sampling.registry import REGISTRY
 
 ZH = "\u8bf7\u5199\u4e00\u9996\u5173\u4e8e\u6625\u5929\u7684\u8bd7\uff0c" * 2
+# as the set has it: Markdown of a page, with escaped brackets and a space before closing quotes
 LEETCODE = (
-    "Given an array of integers `nums` and an integer `target`, return two indices.\n\n**Example 1:**\n\n"
-    "**Input:** nums = [2,7,11,15], target = 9\n**Output:** [0,1]\n**Explanation:** Because.\n\n"
-    "**Example 2:**\n\n**Input:** nums = [3,3], target = 6\n**Output:** [0,1]\n"
+    "Given an array of integers `nums` and an integer `target`, return _indices_.\n\n**Example 1:**\n\n"
+    "**Input:** nums = \\[2,7,11,15\\], target = 9\n**Output:** \\[0,1\\]\n**Explanation:** Because.\n\n"
+    "**Example 2:**\n\n**Input:** nums = \\[3,3\\], target = 6\n**Output:** \\[0,1\\]\n"
 )
-PYTHON = "```python\ndef twoSum(nums: list, target: int = 0):\n    pass\n```"
+PYTHON = (
+    "\n    ```python\ndef helper(left, right):\n    pass\n\ndef twoSum(nums: list, target: int = 0):\n    pass\n```\n"
+)
 SETS: dict[str, tuple[list[dict[str, Any]], int]] = {
     "ultrafeedback": (
         [
@@ -39,6 +43,8 @@ SETS: dict[str, tuple[list[dict[str, Any]], int]] = {
              "task_category": "Information seeking"},
             {"uuid": "2", "instruction": "What is 3 plus four, please?", "chosen": [], "rejected": [],
              "task_category": "Math"},
+            {"uuid": "3", "instruction": "Summarise this table of sales.", "chosen": [], "rejected": [],
+             "task_category": "Data Analysis"},
         ],
         1,
     ),
@@ -65,9 +71,13 @@ SETS: dict[str, tuple[list[dict[str, Any]], int]] = {
         [{"fingerprint": None, "sha1": "a", "seed": "def f(): ...", "concepts": [], "prompt": "p", "id": 1,
           "instruction": "Write a function that doubles a number.",
           "response": "```python\ndef double(x):\n    return 2 * x\n```\n```python\nassert double(2) == 4\n```"},
+         {"fingerprint": None, "sha1": "c", "seed": "", "concepts": [], "prompt": "p", "id": 3,
+          "instruction": "Write a function that triples.\n\nYour code should pass the following test case:\n"
+          "```python\nx = 2\nassert triple(x) == 6\n```",
+          "response": "```python\ndef triple(x):\n    return 3 * x\n```"},
          {"fingerprint": None, "sha1": "b", "seed": "", "concepts": [], "prompt": "p", "id": 2,
           "instruction": "Write a function that has no tests.", "response": "```python\nx = 1\n```"}],
-        1,
+        2,
     ),
     "alpaca_gpt4_zh": (
         [{"instruction": ZH, "input": "", "output": "x"},
@@ -136,9 +146,39 @@ def test_tests_of_the_coding_sets_work(tmp_path: Path) -> None:
     right = "def twoSum(nums, target):\n    return [0, 1]"
     assert grade_code(box, right, record["tests"]) == (True, "passed")
     assert grade_code(box, right.replace("1]", "2]"), record["tests"]) == (False, "failed")
-    (record,), _ = run(tmp_path, "self_oss_instruct", saved(tmp_path / "b", "self_oss_instruct"))
+    (record, stated), counts = run(tmp_path, "self_oss_instruct", saved(tmp_path / "b", "self_oss_instruct"))
+    assert counts["dropped.without_tests"] == 1
+    assert grade_code(box, "def triple(x):\n    return x * 3", stated["tests"]) == (True, "passed")
+    assert grade_code(box, "def triple(x):\n    return x", stated["tests"]) == (False, "failed")
     assert grade_code(box, "def double(x):\n    return x + x", record["tests"]) == (True, "passed")
     assert grade_code(box, "def double(x):\n    return x", record["tests"]) == (False, "failed")
+
+
+@pytest.mark.parametrize(
+    ("given", "result", "code", "signature", "call"),
+    [
+        ('s =  "abcabcbb "', "3", "def longest(s):\n    pass", "longest(s)", "candidate('abcabcbb') == 3"),
+        ('words = \\["a ", "b "\\]', '\\["b "\\]', "def f(words):", "f(words)", "candidate(['a', 'b']) == ['b']"),
+        ("root = \\[1,null,3\\], low = 1", "true", "def trim(self, root, low):", "trim(root, low)",
+         "candidate([1, None, 3], 1) == True"),
+        ("n = 19", "true", "def get_next(n):\n\ndef is_happy(n):", "is_happy(n)", "candidate(19) == True"),
+        ("n = 19", "true", "def walk(k):\n\ndef solve(n):", "solve(n)", "candidate(19) == True"),
+        ("n = 2", "4", "def other(a, b, c):", None, None),  # the solution of another problem
+        ("n = 2", "4", "def power(n, memo={}):", "power(n)", "candidate(2) == 4"),
+        ("a 3 x 3 board", "4", "def board(n):", None, None),
+    ],
+)  # fmt: skip
+def test_examples_of_leetcode(given: str, result: str, code: str, signature: str | None, call: str | None) -> None:
+    row = {
+        "slug": "is-happy",
+        "content": f"**Input:** {given}\n**Output:** {result}\n",
+        "python": f"```python\n{code}\n```",
+    }
+    tests = leetcode_tests(row)
+    assert (tests is None) == (call is None)
+    if tests is not None and signature is not None:
+        assert f"assert {call}\n" in tests["code"] and tests["entry_point"] == signature.split("(")[0]
+        assert f"`{signature}`" in leetcode_text(row)
 
 
 def test_responses_that_a_set_brings_along(tmp_path: Path) -> None:
@@ -189,7 +229,7 @@ def test_languages() -> None:
     assert language_of("\u042d\u0442\u043e") is None and language_of("123 !") is None
 
 
-def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean ultrafeedback"):
         run(tmp_path, "ultrafeadback", tmp_path)
     with pytest.raises(ConfigError, match="holds no"):
@@ -202,5 +242,9 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "broken" / "a.jsonl").write_text('{"prompt": "x"}\n{"pro')
     with pytest.raises(ConfigError, match="cannot be read"):
         run(tmp_path, "helpsteer2", tmp_path / "broken")
-    assert main(["prompts", "--recipe", "list", "--output", "x"]) == 0
-    assert "OpenMathInstruct-2" in capsys.readouterr().out
+
+
+def test_what_there_is_can_be_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prompts", "list"]) == 0 and main(["sample", "list"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in (*RECIPES, *REGISTRY)) and "repetition" in out

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -98,6 +99,7 @@ def test_killed_and_started_again_it_is_byte_identical(tmp_path: Path) -> None:
         while len(list(chunks.glob("?????.jsonl"))) < wanted and time.monotonic() < deadline:
             assert process.poll() is None
             time.sleep(0.01)
+        time.sleep(random.random() / 2)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not out.exists()
