@@ -9,6 +9,7 @@
 #
 # It begins with what is given: PROMPTS and SOURCES, or RESPONSES, or DATA. The model will be RUN/fusepo/hf. Variables
 # of the other scripts (TP, HEALTH, IMAGE ...) reach all of them. Prints the jobs, a line each: name and id.
+# shellcheck disable=SC2086  # variables of several arguments are meant to be split
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${MODEL:?set MODEL to the Hugging Face folder of the target model}"
@@ -18,7 +19,9 @@ DATA=${DATA:-} # scored answers, as in fusesft_llama8b.sh
 RUN=${RUN:-runs/pipeline} # folder of everything
 NODES=${NODES:-1} # for FuseSFT, reference and FusePO
 SFT=${SFT:-slurm/fusesft_llama8b.sh} PO=${PO:-slurm/fusepo_llama8b.sh} # the two training scripts
-SFT_BUILD=${SFT_BUILD:-} PO_BUILD=${PO_BUILD:-} # further arguments of `megafuse build` in each
+SAMPLE_ARGS=${SAMPLE_ARGS:-} SCORE_ARGS=${SCORE_ARGS:-} # further arguments of `megafuse sample` and `score`
+SFT_BUILD=${SFT_BUILD:-} PO_BUILD=${PO_BUILD:-} # of `megafuse build` in each stage
+SFT_ARGS=${SFT_ARGS:-} PO_ARGS=${PO_ARGS:-} # of `megafuse train` in each stage
 LOSS=${LOSS:-ln_dpo} # of FusePO, as in fusepo_llama8b.sh
 
 refuse() { echo "refused: $*" >&2; exit 2; }
@@ -43,20 +46,20 @@ submit() {
 sample="" score="" convert="" build_sft="" build_po="" fusesft="" reference="" fusepo=""
 if [ -z "$DATA$RESPONSES" ]; then
   words=$(wc -w <<<"$SOURCES")
-  RUN=$work/responses submit sample "" --array=0-$((words - 1)) slurm/sample_sources.sh
+  RUN=$work/responses submit sample "" --array=0-$((words - 1)) slurm/sample_sources.sh $SAMPLE_ARGS
   for source in $SOURCES; do RESPONSES+="$work/responses/${source%%=*}.jsonl.gz "; done
 fi
 if [ -z "$DATA" ]; then
-  RUN=$work RESPONSES=$RESPONSES submit score "$sample" slurm/score.sh
+  RUN=$work RESPONSES=$RESPONSES submit score "$sample" slurm/score.sh $SCORE_ARGS
   DATA=$work/scored.jsonl.gz
 fi
 export DATA
 ACTION=import SRC=$MODEL DST=$work/fusesft/model RUN=$work/convert submit convert "" slurm/convert.sh
 RUN=$work/fusesft LOSS=sft BUILD=$SFT_BUILD submit build_sft "$score" slurm/build.sh
 RUN=$work/fusepo BUILD=$PO_BUILD submit build_po "$score" slurm/build.sh
-RUN=$work/fusesft BUILD=$SFT_BUILD submit fusesft "$convert:$build_sft" -N "$NODES" "$SFT"
+RUN=$work/fusesft BUILD=$SFT_BUILD submit fusesft "$convert:$build_sft" -N "$NODES" "$SFT" $SFT_ARGS
 export MODEL=$work/fusesft/hf # the reference, too
 RUN=$work/fusepo submit reference "$fusesft:$build_po" -N "$NODES" slurm/reference.sh
-RUN=$work/fusepo BUILD=$PO_BUILD submit fusepo "$reference" -N "$NODES" "$PO"
+RUN=$work/fusepo BUILD=$PO_BUILD submit fusepo "$reference" -N "$NODES" "$PO" $PO_ARGS
 ACTION=export SRC=$work/fusepo/train DST=$work/fusepo/hf RUN=$work/convert submit export "$fusepo" slurm/convert.sh
 echo "submitted; the model will be $work/fusepo/hf" >&2
