@@ -24,7 +24,7 @@ LOSS=${LOSS:-ln_dpo} # what the data is for: sft | ln_dpo | dpo | simpo | rloo |
 BUILD=${BUILD:-} # further arguments of `megafuse build`
 # shellcheck source=slurm/stages.sh
 source "$MEGAFUSE_ROOT/slurm/stages.sh"
-BETA=${BETA:-1} # no data depends on it
+BETA=1 # no data depends on it
 loss
 [ -f "$MODEL/config.json" ] || refuse "MODEL $MODEL has no config.json: set MODEL to a Hugging Face folder"
 check_data
