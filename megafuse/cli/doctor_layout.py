@@ -21,7 +21,7 @@ def run(config: LayoutConfig) -> int:
     held = share * (2 + 4) + share * 12 / (copies * parallel.context)
     experts = "; experts counted as if they were not split" if arch.num_experts and parallel.expert > 1 else ""
     print(
-        f"{config.model}: {count / 1e9:.1f} G parameters on {config.ranks} rank(s): {describe(parallel)}; {copies} "
+        f"{config.model}: {count:,} parameters on {config.ranks} rank(s): {describe(parallel)}; {copies} "
         f"copies (data parallel). Without activations about {held / 2**30:.1f} GiB a rank in bf16, with the "
         f"distributed optimizer{experts}"
     )

@@ -42,11 +42,10 @@ STUBS: Mapping[str, str] = {
         case " $* " in *" --print_config "*) echo "$*" >> "$LOG.config"; exit "${BAD_CONFIG:-0}" ;; esac
         case "$*" in "doctor layout "*) echo "$*" >> "$LOG.config"; exit "${BAD_LAYOUT:-0}" ;; esac
         echo "megafuse $*" >> "$LOG"
-        out=${!#}
         case "$1 $2" in
           "build "*) mkdir -p "$RUN/dataset"; touch "$RUN/dataset/manifest.json" ;;
-          "convert import") mkdir -p "$out"; touch "$out/manifest.json" ;;
-          "convert export") mkdir -p "$out"; touch "$out/config.json" ;;
+          "convert import") mkdir -p "$4"; touch "$4/manifest.json" ;;
+          "convert export") mkdir -p "$4"; touch "$4/config.json" ;;
         esac""",
     "sbatch": """
         echo "RUN=${RUN:-} MODEL=${MODEL:-} DATA=${DATA:-} BUILD=${BUILD:-} sbatch $*" >> "$LOG"

@@ -18,7 +18,7 @@ def test_a_70b_model_on_four_nodes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "--ranks", "32", "--parallel.pipeline", "4"]) == 0
     out = capsys.readouterr().out
     # 70,553,706,496 parameters (the published model's); 2 + 4 bytes everywhere, 12 shared by the copies: 1 of them
-    assert "70.6 G parameters on 32 rank(s)" in out and "; 1 copies" in out
+    assert "70,553,706,496 parameters on 32 rank(s)" in out and "; 1 copies" in out
     assert gib(out) == pytest.approx(70_553_706_496 / 32 * 18 / 2**30, abs=0.05)
     assert main([*words, "--ranks", "64", "--parallel.pipeline", "4"]) == 0
     assert gib(capsys.readouterr().out) == pytest.approx(70_553_706_496 / 32 * 12 / 2**30, abs=0.05)
