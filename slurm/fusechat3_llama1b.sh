@@ -1,16 +1,13 @@
 #!/usr/bin/env bash
-# FuseChat-3.0 of Llama-3.2-1B-Instruct: SFT on the best response, then DPO on pairs within a source, with the paper's rates.
+# FuseChat-3.0 of Llama-3.2-1B-Instruct: SFT on the best response, then DPO on pairs within a source.
 # In the repository's root:
 #
 #   MODEL=/models/Llama-3.2-1B-Instruct DATA='scored/*.jsonl.gz' sbatch -N 4 slurm/fusechat3_llama1b.sh
 #
-# Any number of nodes (-N). Submitted again, or requeued, it goes on where it stopped. The model will be RUN/po/hf.
-#
-#   MODEL  Hugging Face folder of the target model (required)
-#   DATA   scored answers: .jsonl or .jsonl.gz files, wildcards allowed (required)
-#   RUN    folder for everything that is made, on a file system that all nodes see; default runs/JOBNAME
-#   SFT_LR PO_LR LOSS BETA   the paper's values for this target, see below
-#   TP PP VPP CP EP NPROC HEALTH MAX_RESTARTS BUILD   as in fusepo_llama8b.sh; TP here 1
+# The model will be RUN/po/hf.
+# Any number of nodes (-N). Submitted again with the same RUN it goes on where it stopped: finished stages are skipped,
+# training resumes. It does so by itself (requeue) 300 s before its time limit, after a crash, a hang, or the loss of a
+# node. What every script knows besides (RUN, NPROC, HEALTH, MAX_RESTARTS, IMAGE ...): top of stages.sh, docs/slurm.md.
 #SBATCH --job-name=fusechat3-llama1b
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -23,6 +20,12 @@
 set -euo pipefail
 # not $0: Slurm runs a copy of this file from its spool folder
 export MEGAFUSE_ROOT=${MEGAFUSE_ROOT:-${SLURM_SUBMIT_DIR:?submit this file with sbatch}}
-SFT_LR=${SFT_LR:-5e-6} PO_LR=${PO_LR:-1e-6} LOSS=${LOSS:-ln_dpo} BETA=${BETA:-10} TP=${TP:-1}
+: "${MODEL:?set MODEL to the Hugging Face folder of the target model}"
+: "${DATA:?set DATA to the scored answers, .jsonl or .jsonl.gz, wildcards allowed}"
+SFT_LR=${SFT_LR:-5e-6} PO_LR=${PO_LR:-1e-6} # the paper's rates for this target
+LOSS=${LOSS:-ln_dpo} BETA=${BETA:-10} # the paper's preference loss for this target
+BUILD=${BUILD:-} # further arguments of `megafuse build`, in both stages
+TP=${TP:-1} PP=${PP:-1} # tensor- and pipeline-parallel ranks; data parallel is what is left
+VPP=${VPP:-1} CP=${CP:-1} EP=${EP:-1} # chunks a pipeline stage, context- and expert-parallel ranks: docs/layouts.md
 # shellcheck source=slurm/fusechat3.sh
 source "$MEGAFUSE_ROOT/slurm/fusechat3.sh"

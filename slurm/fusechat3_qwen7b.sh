@@ -1,16 +1,13 @@
 #!/usr/bin/env bash
-# FuseChat-3.0 of Qwen2.5-7B-Instruct: SFT on the best response, then DPO on pairs within a source, with the paper's rates.
+# FuseChat-3.0 of Qwen2.5-7B-Instruct: SFT on the best response, then DPO on pairs within a source.
 # In the repository's root:
 #
 #   MODEL=/models/Qwen2.5-7B-Instruct DATA='scored/*.jsonl.gz' sbatch -N 4 slurm/fusechat3_qwen7b.sh
 #
-# Any number of nodes (-N). Submitted again, or requeued, it goes on where it stopped. The model will be RUN/po/hf.
-#
-#   MODEL  Hugging Face folder of the target model (required)
-#   DATA   scored answers: .jsonl or .jsonl.gz files, wildcards allowed (required)
-#   RUN    folder for everything that is made, on a file system that all nodes see; default runs/JOBNAME
-#   SFT_LR PO_LR LOSS BETA   the paper's values for this target, see below
-#   TP PP VPP CP EP NPROC HEALTH MAX_RESTARTS BUILD   as in fusepo_llama8b.sh; TP here 4
+# The model will be RUN/po/hf.
+# Any number of nodes (-N). Submitted again with the same RUN it goes on where it stopped: finished stages are skipped,
+# training resumes. It does so by itself (requeue) 300 s before its time limit, after a crash, a hang, or the loss of a
+# node. What every script knows besides (RUN, NPROC, HEALTH, MAX_RESTARTS, IMAGE ...): top of stages.sh, docs/slurm.md.
 #SBATCH --job-name=fusechat3-qwen7b
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -23,6 +20,12 @@
 set -euo pipefail
 # not $0: Slurm runs a copy of this file from its spool folder
 export MEGAFUSE_ROOT=${MEGAFUSE_ROOT:-${SLURM_SUBMIT_DIR:?submit this file with sbatch}}
-SFT_LR=${SFT_LR:-2e-6} PO_LR=${PO_LR:-3e-7} LOSS=${LOSS:-dpo} BETA=${BETA:-0.01} TP=${TP:-4}
+: "${MODEL:?set MODEL to the Hugging Face folder of the target model}"
+: "${DATA:?set DATA to the scored answers, .jsonl or .jsonl.gz, wildcards allowed}"
+SFT_LR=${SFT_LR:-2e-6} PO_LR=${PO_LR:-3e-7} # the paper's rates for this target
+LOSS=${LOSS:-dpo} BETA=${BETA:-0.01} # the paper's preference loss for this target
+BUILD=${BUILD:-} # further arguments of `megafuse build`, in both stages
+TP=${TP:-4} PP=${PP:-1} # tensor- and pipeline-parallel ranks; data parallel is what is left
+VPP=${VPP:-1} CP=${CP:-1} EP=${EP:-1} # chunks a pipeline stage, context- and expert-parallel ranks: docs/layouts.md
 # shellcheck source=slurm/fusechat3.sh
 source "$MEGAFUSE_ROOT/slurm/fusechat3.sh"

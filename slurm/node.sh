@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Runs once on every node, under srun: `node.sh COMMAND...` starts `megafuse COMMAND...` on each of the node's GPUs;
-# `node.sh check` only looks whether this node can do it. Every Slurm script shares it. Set RUN to the run folder.
+# `node.sh check` only looks whether this node can do it; `node.sh head` prints the address of the first node. Every
+# Slurm script shares it. Set RUN to the run folder.
 #
 #   NPROC   processes a node; default: the GPUs that Slurm gives
 #   PORT    rendezvous port; default: from job id, restart and stage
+#   HEAD_NODE  address of the first node; default: asked of Slurm
 #   HEALTH  on | off: GPUs that answer, uncorrected memory errors, processes of others; default on
 set -euo pipefail
 restarts=${SLURM_RESTART_COUNT:-0}
@@ -34,8 +36,15 @@ if [ "$1" = check ]; then
 fi
 
 # The first node leads. Its name may not resolve everywhere; the controller knows its address.
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
-getent hosts "$head" >/dev/null || head=$(scontrol -o show node "$head" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+head=${HEAD_NODE:-}
+if [ -z "$head" ]; then
+  head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+  getent hosts "$head" >/dev/null || head=$(scontrol -o show node "$head" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+fi
+if [ "$1" = head ]; then
+  echo "$head"
+  exit
+fi
 # Below the ephemeral range (32768), so that no outgoing connection holds it; another one for each job, restart, stage.
 port=${PORT:-$((20000 + (SLURM_JOB_ID * 8 + restarts * 4 + stage) % 12000))}
 

@@ -1,39 +1,48 @@
 # shellcheck shell=bash disable=SC2034  # the variables are for the scripts that source this file
-# What the sbatch scripts share; source it after MEGAFUSE_ROOT is set. A stage is a command whose output appears whole
-# or not at all, so that "its output exists" means "it is finished".
+# What the sbatch scripts share; source it after MEGAFUSE_ROOT and the script's own variables are set. A stage is a
+# command whose output appears whole or not at all, so that "its output exists" means "it is finished".
 #
 # A job ends in one of these ways (exit code):
 #   0        all stages are finished
 #   85, ...  asked to stop before the time limit (USR1), hung (75), or crashed: requeued, and the run goes on from its
-#            last checkpoint. After MAX_RESTARTS restarts without a new checkpoint it stops with the last exit code.
+#            last checkpoint. After MAX_RESTARTS restarts that bring nothing new it stops with the last exit code.
 #   2 3 4    configuration, damaged data, full disk; 71 72 a node's GPUs, its file system; 86 87 numbers that cannot be
 #            trusted: it stops, because another start would end in the same way
 #   143      scancel: it stops for good
 
-: "${MODEL:?set MODEL to the Hugging Face folder of the target model}"
-: "${DATA:?set DATA to the scored answers, .jsonl or .jsonl.gz}"
-MAX_RESTARTS=${MAX_RESTARTS:-3}
+# What every script knows, with its default. The scripts' own are at their tops; docs/slurm.md has them all in a table.
+RUN=${RUN:-runs/${SLURM_JOB_NAME:-megafuse}} # folder for everything that is made, on a file system that all nodes see
+NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-}} # processes a node: the GPUs that Slurm gives
+HEALTH=${HEALTH:-on} # on | off: look first whether the GPUs of every node answer, have memory errors, are in use
+MAX_RESTARTS=${MAX_RESTARTS:-3} # requeues that bring nothing new before the job gives up
 COMMENT_SECONDS=${COMMENT_SECONDS:-30} # between updates of the job's comment: squeue -o "%i %j %T %k"
+IMAGE=${IMAGE:-} # container image that holds megafuse (srun --container-image, pyxis); without one the PATH has it
+MOUNTS=${MOUNTS:-} # what the container sees besides MEGAFUSE_ROOT and RUN: /models:/models,/data:/data
+
 # sbatch --export=NONE would otherwise empty the environment of the steps too
 unset SLURM_EXPORT_ENV
 export PYTHONSAFEPATH=1 # a folder called kernels/ in the working directory must never answer `import kernels`
 cd "$MEGAFUSE_ROOT" || exit
-command -v megafuse >/dev/null || export PATH="$MEGAFUSE_ROOT/.venv/bin:$PATH"
-command -v megafuse >/dev/null || { echo "no megafuse on PATH: activate its environment, or run make venv" >&2; exit 1; }
-
-RUN=$(realpath -m "${RUN:-runs/${SLURM_JOB_NAME:-megafuse}}")
-export RUN STAGE=0
-mkdir -p "$RUN"
-PRESETS=$MEGAFUSE_ROOT/megafuse/config/presets
-# DATA holds wildcards, BUILD several words: both are meant to be split
-# shellcheck disable=SC2206
-INPUTS=($DATA)
-# shellcheck disable=SC2206
-BUILD_ARGS=(${BUILD:-})
-asked="" child="" graceful=""
 
 say() { echo "[$(date +%FT%T)] job ${SLURM_JOB_ID:-?}.${SLURM_RESTART_COUNT:-0}: $*"; }
 refuse() { echo "refused: $*" >&2; exit 2; }
+
+RUN=$(realpath -m "$RUN")
+export RUN NPROC HEALTH STAGE=0
+mkdir -p "$RUN" || refuse "RUN $RUN cannot be made: set RUN to a folder that this job may write"
+PRESETS=$MEGAFUSE_ROOT/megafuse/config/presets
+megafuse=(megafuse) container=()
+if [ -n "$IMAGE" ]; then
+  container=(--container-image="$IMAGE" --container-workdir="$MEGAFUSE_ROOT"
+    --container-mounts="$MEGAFUSE_ROOT:$MEGAFUSE_ROOT,$RUN:$RUN${MOUNTS:+,$MOUNTS}")
+  megafuse=(srun --nodes=1 --ntasks=1 --overlap "${container[@]}" megafuse)
+  HEAD_NODE=$("$MEGAFUSE_ROOT/slurm/node.sh" head) # there is no scontrol inside
+  export HEAD_NODE
+else
+  command -v megafuse >/dev/null || export PATH="$MEGAFUSE_ROOT/.venv/bin:$PATH"
+  command -v megafuse >/dev/null || refuse "no megafuse on PATH: activate its environment, run make venv, or set IMAGE"
+fi
+asked="" child="" graceful=""
 
 # todo NAME OUTPUT: whether the stage has to run
 todo() {
@@ -44,30 +53,72 @@ todo() {
   say "$1"
 }
 
-# layout TP PP: the arguments for a parallel layout; the rarer parts of it from VPP, CP and EP
-layout() {
-  local ranks=$(($1 * $2 * ${CP:-1})) world=$((SLURM_JOB_NUM_NODES * ${NPROC:-${SLURM_GPUS_ON_NODE:-8}}))
-  [ $((world % ranks)) = 0 ] || refuse "TP $1 x PP $2 x CP ${CP:-1} = $ranks ranks do not divide the $world GPUs of" \
-    "$SLURM_JOB_NUM_NODES nodes; set TP, PP or CP, or sbatch -N"
-  LAYOUT=(--parallel.tensor "$1" --parallel.pipeline "$2" --parallel.virtual_pipeline "${VPP:-1}"
-    --parallel.context "${CP:-1}" --parallel.expert "${EP:-1}")
-  if [ "$1" -gt 1 ]; then LAYOUT+=(--parallel.sequence); else LAYOUT+=(--parallel.no_sequence); fi
+# check_gpus: as many processes a node as there are GPUs
+check_gpus() {
+  [ -n "$NPROC" ] || refuse "Slurm gives this job no GPUs: sbatch --gres=gpu:8, or set NPROC"
+  [ "$NPROC" -le "${SLURM_GPUS_ON_NODE:-$NPROC}" ] ||
+    refuse "NPROC $NPROC, but Slurm gives $SLURM_GPUS_ON_NODE GPUs a node: set NPROC, or sbatch --gres=gpu:$NPROC"
 }
 
-# check_inputs: the folders and files that the job begins with
-check_inputs() {
+# layout: the arguments for the parallel layout of TP, PP, VPP, CP and EP, and whether MODEL and the GPUs can be cut so
+layout() {
+  check_gpus
+  local ranks=$((TP * PP * CP)) world=$((SLURM_JOB_NUM_NODES * NPROC))
+  [ $((world % ranks)) = 0 ] || refuse "TP $TP x PP $PP x CP $CP = $ranks ranks do not divide the $world GPUs of" \
+    "$SLURM_JOB_NUM_NODES nodes; set TP, PP or CP, or sbatch -N"
+  LAYOUT=(--parallel.tensor "$TP" --parallel.pipeline "$PP" --parallel.virtual_pipeline "$VPP"
+    --parallel.context "$CP" --parallel.expert "$EP")
+  if [ "$TP" -gt 1 ]; then LAYOUT+=(--parallel.sequence); else LAYOUT+=(--parallel.no_sequence); fi
+}
+
+# check_model: MODEL is a Hugging Face folder that can be cut so; one that is imported already has been looked at
+check_model() {
   [ -e "$RUN/model/manifest.json" ] || [ -f "$MODEL/config.json" ] ||
     refuse "MODEL $MODEL has no config.json: set MODEL to a Hugging Face folder that this node sees"
+  [ ! -f "$MODEL/config.json" ] || check_shape
+}
+
+# check_shape: can MODEL be cut so? Every number that does not divide is named, and the nearest layout that does
+check_shape() {
+  "${megafuse[@]}" doctor layout --model "$MODEL" --ranks $((SLURM_JOB_NUM_NODES * NPROC)) "${LAYOUT[@]}" ||
+    refuse "this layout of MODEL $MODEL (see above); set TP, PP, VPP, CP or EP"
+}
+
+# check_files NAME: the files that variable NAME means, wildcards allowed, which become FILES
+check_files() {
+  # shellcheck disable=SC2206
+  FILES=(${!1})
   local file
-  [ -e "$RUN/dataset/manifest.json" ] || for file in "${INPUTS[@]}"; do
-    [ -f "$file" ] || refuse "DATA $file is not there: set DATA to scored answers that this node sees"
+  for file in "${FILES[@]}"; do
+    [ -f "$file" ] || refuse "$1 $file is not there: set $1 to files that this node sees"
   done
 }
 
-# check_config PRESET ARGUMENTS...: would `megafuse train` take them? Typos are answered with the nearest name.
-check_config() {
-  megafuse train "$@" --run_dir "$RUN/train" --model.path "$RUN/model" --data.dataset "$RUN/dataset" \
-    "${LAYOUT[@]}" --print_config >/dev/null || refuse "the arguments of megafuse train (see above)"
+# check_data: DATA is there, or the data set that is made of it
+check_data() { [ -e "$RUN/dataset/manifest.json" ] || check_files DATA; }
+
+# check COMMAND...: would megafuse take this command line? Typos are answered with the nearest name
+check() { "${megafuse[@]}" "$@" --print_config >/dev/null || refuse "the arguments of megafuse $1 (see above)"; }
+
+# check_train PRESET ARGUMENTS...: the same for `megafuse train`
+check_train() {
+  check train "$@" --run_dir "$RUN/train" --model.path "$RUN/model" --data.dataset "$RUN/dataset" "${LAYOUT[@]}"
+}
+
+# loss: the arguments for LOSS, the kind of data it takes, FuseRL's alpha; FuseChat-3.0's BETA where it is empty
+loss() {
+  KIND=(--kind pair --alpha 5e-3)
+  case $LOSS in
+    sft) KIND=(--kind sft --alpha 1e-2) ;;
+    ln_dpo) BETA=${BETA:-10} ;;
+    dpo) BETA=${BETA:-0.01} ;;
+    simpo) KIND=(--kind pair --alpha 1e-3) ;;
+    rloo) KIND=(--kind rloo --alpha 5e-3) BETA=${BETA:-None} ;; # it has --loss.beta_kl instead
+    wrpo) KIND=(--kind wrpo) ;;
+    *) refuse "LOSS $LOSS: set it to one of sft ln_dpo dpo simpo rloo wrpo" ;;
+  esac
+  [ "$LOSS" = sft ] || [ -n "${BETA:-}" ] || refuse "LOSS $LOSS has no beta that a paper gives: set BETA"
+  LOSS_ARGS=(--loss.name "$LOSS" --loss.beta "${BETA:-None}")
 }
 
 # check_nodes: every node has its GPUs and sees RUN; seconds, before anything long begins
@@ -80,7 +131,7 @@ check_nodes() {
 
 on_nodes() {
   srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none \
-    --kill-on-bad-exit="${one_fails_all:-1}" --wait=60 \
+    --kill-on-bad-exit="${one_fails_all:-1}" --wait=60 "${container[@]}" \
     "$MEGAFUSE_ROOT/slurm/node.sh" "$@"
 }
 
@@ -99,11 +150,11 @@ every_node() {
   settle "$code"
 }
 
-# here COMMAND...: a command on this node, which a signal may interrupt
+# here COMMAND...: `megafuse COMMAND...` once, on the first node; a signal may interrupt it
 here() {
   local code=0
   [ -z "$asked" ] || settle 0
-  "$@" &
+  "${megafuse[@]}" "$@" &
   await $! || code=$?
   settle "$code"
 }
@@ -155,7 +206,7 @@ settle() {
     2 | 3 | 4 | 71 | 72 | 86 | 87) say "ended with exit code $code"; exit "$code" ;;
     0) code=85 ;;
   esac
-  # 143 by itself says nothing: after a crash srun ends the other ranks with it. And a job that Slurm is ending (scancel,
+  # 143 by itself says nothing: after a crash srun ends the other ranks with it. And a job that Slurm ends (scancel,
   # a dead node) must not be requeued from here: that would revive a cancelled one.
   case $asked-$(scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p') in
     END-* | *-CANCELLED | *-COMPLETING | *-NODE_FAIL | *-PREEMPTED)
@@ -167,16 +218,16 @@ settle() {
   again "$code"
 }
 
-# again CODE: requeue this job, unless MAX_RESTARTS restarts have brought no new checkpoint
+# again CODE: requeue this job, unless MAX_RESTARTS restarts have brought nothing new
 again() {
   local progress tries=1 job before count
-  progress=$STAGE-$(basename "$(newest_checkpoint "$RUN/train" 2>/dev/null || echo none)")
+  progress=$STAGE-$(progress)
   if read -r job before count 2>/dev/null <"$RUN/restarts" && [ "$job $before" = "$SLURM_JOB_ID $progress" ]; then
     tries=$((count + 1))
   fi
   echo "$SLURM_JOB_ID $progress $tries" >"$RUN/restarts"
   if [ "$tries" -gt "$MAX_RESTARTS" ]; then
-    say "exit code $1; $MAX_RESTARTS restarts brought no new checkpoint (stage and checkpoint: $progress)"
+    say "exit code $1; $MAX_RESTARTS restarts brought nothing new ($progress)"
     exit "$1"
   fi
   say "exit code $1; requeue, try $tries of $MAX_RESTARTS from $progress"
@@ -184,6 +235,15 @@ again() {
   if scontrol requeue "$SLURM_JOB_ID"; then sleep 120; fi # ended here by the requeue
   say "not requeued; submit the job again, and it goes on"
   exit "$1"
+}
+
+# progress: a word that changes with what is done: the newest checkpoint, or the chunks of CHUNKS
+progress() {
+  if [ -n "${CHUNKS:-}" ]; then
+    find "$CHUNKS" -name '*.jsonl' 2>/dev/null | wc -l
+  else
+    basename "$(newest_checkpoint "$RUN/train" 2>/dev/null || echo none)"
+  fi
 }
 
 # tell_progress: the step in the job's comment, now and then
@@ -202,22 +262,27 @@ enter() {
   check_nodes
 }
 
-# The stages of the recipes. build_data ARGUMENTS...: the data set from DATA
+# The stages of the recipes. build_data ARGUMENTS...: the data set from DATA. BUILD holds several words
 build_data() {
   if todo build "$RUN/dataset/manifest.json"; then
-    here megafuse build --inputs "${INPUTS[@]}" --output "$RUN/dataset" --tokenizer "$MODEL" --max_length 2048 "$@" \
-      "${BUILD_ARGS[@]}"
-  fi
-  if todo import "$RUN/model/manifest.json"; then
-    here megafuse convert import "$MODEL" "$RUN/model"
+    check_files DATA
+    # shellcheck disable=SC2086
+    here build --inputs "${FILES[@]}" --output "$RUN/dataset" --tokenizer "$MODEL" --max_length 2048 "$@" ${BUILD:-}
   fi
 }
 
-# reference: its log-probs, once
+# import_model: MODEL as a checkpoint
+import_model() {
+  if todo import "$RUN/model/manifest.json"; then
+    here convert import "$MODEL" "$RUN/model"
+  fi
+}
+
+# reference DATASET ARGUMENTS...: its log-probs, once
 reference() {
   if todo reference "$RUN/hf/config.json" && ! grep -qs '"complete": true' "$RUN/reference/manifest.json"; then
-    every_node reference --out "$RUN/reference" --model.path "$RUN/model" \
-      --data.dataset "$RUN/dataset" --data.max_row_tokens 16384 "${LAYOUT[@]}"
+    every_node reference --out "$RUN/reference" --model.path "$RUN/model" --data.dataset "$1" \
+      --data.max_row_tokens 16384 "${LAYOUT[@]}" "${@:2}"
   fi
 }
 
@@ -230,7 +295,7 @@ train_and_export() {
   fi
   if todo export "$RUN/hf/config.json"; then
     newest=$(newest_checkpoint "$RUN/train") # apart: a failure inside an argument would go unseen
-    here megafuse convert export "$newest" "$RUN/hf"
+    here convert export "$newest" "$RUN/hf"
   fi
   say "done: $RUN/hf"
 }

@@ -50,6 +50,7 @@ COMMANDS: dict[str, Command] = {
     "launch sweep": Command("megafuse.cli.launch_sweep", "many jobs over sources, alpha, k, loss, target; one table"),
     "doctor": Command("megafuse.cli.doctor", "what is installed, what is usable, and how to repair the rest"),
     "doctor parity": Command("megafuse.cli.doctor_parity", "every layout against one process in float64"),
+    "doctor layout": Command("megafuse.cli.doctor_layout", "can a model be cut so, and what a rank would hold"),
     "data report": Command("megafuse.cli.data_report", "one HTML page about scored answers, to read before training"),
     "data check": Command("megafuse.cli.data_check", "check input files line by line: file:line, problem, counts"),
 }

@@ -1,4 +1,4 @@
-"""A small OpenAI-compatible server on the loopback interface, for tests: real HTTP, in a thread, gone at the end."""
+"""A small OpenAI-compatible server, for tests: real HTTP, in a thread, gone at the end."""
 
 import json
 import threading
@@ -16,9 +16,10 @@ class ChatServer:
     Args:
         answer: the text for a request body, or a whole `choices` entry as a dict; an exception becomes status 400.
         failures: so many first requests get status 503.
+        host: address to listen at; the loopback interface's, or one that other network namespaces reach.
     """
 
-    def __init__(self, answer: Answer, failures: int = 0) -> None:
+    def __init__(self, answer: Answer, failures: int = 0, host: str = "127.0.0.1") -> None:
         self.requests = 0
         lock = threading.Lock()
         outer = self
@@ -48,8 +49,8 @@ class ChatServer:
             def log_message(self, format: str, *args: Any) -> None:
                 """Say nothing."""
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+        self._server = ThreadingHTTPServer((host, 0), Handler)
+        self.url = f"http://{host}:{self._server.server_address[1]}/v1"
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
     def __enter__(self) -> "ChatServer":

@@ -136,6 +136,11 @@ class SlurmCluster:
         self.wait(lambda: self.field(job, "JobState") in states.split("|"), seconds, f"job {job} {states}")
         return self.field(job, "JobState")
 
+    @property
+    def gateway(self) -> str:
+        """This machine's address, as nodes see it."""
+        return f"{self._net}.1"
+
     def signal_batch(self, job: str, name: str) -> None:
         """What Slurm does before the time limit, by --signal=B:NAME."""
         self._run("scancel", "--batch", f"--signal={name}", job)
