@@ -16,12 +16,8 @@ from megafuse.config.train import ParallelConfig
 from megafuse.data.dataset import GroupDataset
 from megafuse.data.types import Group
 from megafuse.errors import ConfigError, DataError
-<<<<<<< HEAD
 from megafuse.kernels.group_loss import Blocks
-from megafuse.kernels.packing import group_cost, group_tokens, pack_batch
-=======
 from megafuse.kernels.packing import group_tokens, pack_batch
->>>>>>> convert-3
 from megafuse.losses.types import Terms
 from megafuse.model.arch import ModelArch
 from megafuse.observe.flops import flops_per_pair, flops_per_token, layer_pairs
