@@ -30,4 +30,4 @@ export LIBRARY_PATH=$nvidia/cu13/lib:$nvidia/cudnn/lib
 NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_CUDA_ARCHS=90 MAX_JOBS=${MAX_JOBS:-2} \
   pip wheel --quiet --no-build-isolation --no-deps --wheel-dir "$VENV/wheels" "transformer_engine_torch==$ENGINE"
 pip install --quiet --no-deps "$VENV"/wheels/transformer_engine_torch-*.whl
-"$VENV/bin/python" -c 'import transformer_engine.pytorch as te; print("Transformer Engine:", te.__file__)'
+"$VENV/bin/python" -c 'import torch, transformer_engine.pytorch as te; print("Transformer Engine:", te.__file__)'

@@ -29,7 +29,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[in
     root, rng = tmp_path_factory.mktemp("vllm"), random.Random(seed)
     prompts = [[rng.randrange(WIDE["vocab"]) for _ in range(length)] for length in LENGTHS]
     for family in FAMILIES:
-        heads = {"head_dim": 64} if family in ("gemma2", "qwen3", "qwen3_moe") else {}
+        heads = {"head_dim": 32} if family in ("gemma2", "qwen3", "qwen3_moe") else {}
         WRITERS[family](root / "hf" / family, seed=seed, **WIDE, **heads)
         import_hf(root / "hf" / family, root / "ckpt" / family)
         export_hf(root / "ckpt" / family, root / "out" / family)

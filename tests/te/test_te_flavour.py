@@ -18,10 +18,13 @@ from megafuse.testing.distributed import run_distributed
 from megafuse.testing.families import WRITERS
 from megafuse.testing.te_on_cpu import Flavours, look_at_flavours
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("transformer_engine_torch") is None,
-    reason="Transformer Engine is not installed; `make te-check` builds it, without a GPU",
-)
+pytestmark = [
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(
+        importlib.util.find_spec("transformer_engine_torch") is None,
+        reason="Transformer Engine is not installed; `make te-check` builds it, without a GPU",
+    ),
+]
 FAMILIES = sorted(WRITERS)
 SPARSE = ("mixtral", "qwen3_moe")
 LAYERS, HIDDEN, HEADS, KV_HEADS, VOCAB = 4, 48, 6, 2, 121  # odd, so that tensor parallelism pads it
@@ -54,7 +57,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         *first, last = layouts(family)
         asked += [(folder / "ckpt", folder / "hf", first, None)]
         asked += [(folder / "ckpt", folder / "hf", [last], folder / "saved")]
-    ranks = run_distributed(look_at_flavours, WORLD, asked, timeout=580)
+    ranks = run_distributed(look_at_flavours, WORLD, asked, timeout=1400)
     for place, (ckpt, *_) in enumerate(asked):
         for facts in zip(*(rank[place] for rank in ranks), strict=True):
             bench.found[ckpt.parent.name, facts[0].layout] = list(facts)
