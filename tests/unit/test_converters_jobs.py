@@ -268,7 +268,7 @@ def test_killed_at_any_moment_it_is_absent_or_whole(tmp_path: Path, model: Path,
     kept = shutil.copytree(out, tmp_path / "kept") if older else None
     ends = []
     out.parent.mkdir(exist_ok=True)
-    for blocks in (1, 2 + os.urandom(1)[0] % 60, 2 + os.urandom(1)[0] % 120):
+    for blocks in (1, 2 + os.urandom(1)[0] % 40, 2 + os.urandom(1)[0] % 80):
         command = [sys.executable, "-c", SLOW, action, str(source), str(out)]
         with subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
