@@ -204,8 +204,10 @@ def _fill(out: Tensor, z: Tensor | None, weight: Tensor, place: Tensor | None) -
     """`out [R, H] = z @ weight`; with `place [R]`, row r is `place[r]` of the product, and 0 where that is -1."""
     if z is None:
         out.zero_()
-    elif place is None:
+    elif place is None and out.dtype == z.dtype:
         torch.mm(z, weight, out=out)
+    elif place is None:
+        out.copy_(torch.mm(z, weight))
     else:
         inside = place >= 0
         out.copy_(torch.where(inside[:, None], torch.mm(z, weight)[place.clamp(min=0)], 0))

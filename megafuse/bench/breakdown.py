@@ -7,12 +7,12 @@ nothing waits for the device before the step has ended. What lies between two ma
     attention      core attention: scores, softmax, weighted values
     linears        QKV and output projections, both MLP projections, MoE routers; with Transformer Engine the norms that
                    its linear layers contain
-    head           LM head and log-probs of the response tokens
+    head           LM head, log-probs of the response tokens and the loss of them, with their gradients
     optimizer      gradient norm, clipping, update, and clearing of gradients
     communication  collectives and messages between stages while they run alone, waiting for other ranks included;
                    those inside the parts above are taken out of them
     host           rows built and copied to the device
-    other          norms, rotary positions, activation function, residuals, embedding, loss, the gaps between all these
+    other          norms, rotary positions, activation function, residuals, embedding, the gaps between all these
 
 Forward is marked by module hooks. Backward of a module begins when the gradient of its output is known and ends when
 that of its input is (full backward hooks); autograd runs what lies between them and little else, the weights' gradients

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,25 +12,32 @@ from torch import Tensor
 from megafuse.kernels.group_loss import Blocks, linear_group_loss
 from megafuse.testing.group_problem import Problem, problem
 
-CASES = (("torch", "dpo"), ("torch", "rloo"), ("triton", "ln_dpo"))
+CASES = (("torch", "dpo"), ("torch", "rloo"), ("torch", "sft"), ("triton", "ln_dpo"))
 ROWS = 9  # targets that the workspace holds: more than most blocks, less than some
 
 
 def case(name: str, seed: int) -> Problem:
-    """The same row on every rank and in the parent; its places and the rows of its head are multiples of 2 and 3."""
-    return problem(name, dtype=torch.float32, seed=seed, groups=3, level=True, multiple=6)
+    """The same row on every rank and in the parent; its places and the rows of its head are multiples of 2 and 3.
+
+    That of `sft` is bfloat16.
+    """
+    dtype = torch.bfloat16 if name == "sft" else torch.float32
+    while len((p := problem(name, dtype=dtype, seed=seed, groups=4, level=True, multiple=6)).blocks.cut(ROWS)) < 2:
+        seed += 1
+    return p
 
 
 def _run(p: Problem, backend: str, columns: int, hidden: Tensor, weight: Tensor, **options: Any) -> dict[str, Any]:
     given = options.pop("groups", p.groups())
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     stride = columns * 4 // 3 if backend == "torch" else -(-columns // 64) * 64
-    more = {"row_index": p.row_index, "vocab_size": 131, "backend": backend, "workspace_bytes": ROWS * stride * 4}
+    more: dict[str, Any] = {"row_index": p.row_index, "vocab_size": 131, "backend": backend}
+    more["workspace_bytes"] = ROWS * stride * weight.element_size()
     value, metrics = linear_group_loss(hidden, weight, p.targets, given, **{**more, **options})
     value.backward()
     assert hidden.grad is not None and weight.grad is not None
     found = {"value": value.detach(), "hidden": hidden.grad, "weight": weight.grad, **metrics}
-    return {key: np.asarray(t) for key, t in found.items()}
+    return {key: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for key, t in found.items()}
 
 
 def _context_parallel(p: Problem, backend: str, group: dist.ProcessGroup) -> dict[str, Any]:

@@ -120,8 +120,9 @@ def count(p: Problem, backend: str, call: Any) -> tuple[int, int, int, int]:
 def test_three_products_at_one_workspace(backend: str, device: torch.device) -> None:
     """Each row goes through each product once, however many chunks; without the loss in the loop, more than that."""
     p = problem("dpo", dtype=torch.float32, device=device, groups=8, longest=9)
-    while p.blocks.counts.sum() < 60 or len(p.blocks.cut(20)) < 3 or max(_block_targets(p)) > 20:
+    while p.blocks.counts.sum() < 60 or max(_block_targets(p)) > 20:
         p = problem("dpo", dtype=torch.float32, device=device, groups=8, longest=9)
+    assert len(p.blocks.cut(20)) > 2
     room = workspace(p, 20, backend)
     rows = len(p.targets) if backend == "triton" else len(p.row_index.unique())
     made, hidden, weight, most = count(p, backend, lambda: run(p, backend=backend, workspace_bytes=room))

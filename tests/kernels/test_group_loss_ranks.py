@@ -33,18 +33,20 @@ def test_ranks_equal_one_process(backend: str, name: str, mode: str, ranks: tupl
     p = case(name, seed)
     value, metrics, hidden, weight = p.exact(vocab_size=131)
     assert len(p.blocks.cut(ROWS)) > 1
+    # torch's logits are rounded to bfloat16: 2^-9 of some 10
+    loose = 0.05 if p.hidden.dtype == torch.bfloat16 else 2e-5
     got = [result[f"{backend}/{name}/{mode}"] for result in results]
     for part in got:
         assert part["value"] == got[0]["value"]
         for key in metrics:
             assert np.array_equal(part[key], got[0][key])
-            assert np.allclose(part[key], metrics[key], rtol=1e-4, atol=1e-5), key
-    assert abs(float(got[0]["value"]) - float(value)) < 1e-5 * max(1.0, abs(float(value)))
+            assert np.allclose(part[key], metrics[key], rtol=max(loose, 1e-4), atol=loose), key
+    assert abs(float(got[0]["value"]) - float(value)) < loose * max(1.0, abs(float(value)))
     parts = {key: [torch.from_numpy(part[key]) for part in got] for key in ("hidden", "weight")}
     if mode == "cp":
-        assert worst(sum(parts["weight"]), weight) < 2e-5  # type: ignore[arg-type]
-        assert worst(torch.stack(parts["hidden"], 1).flatten(0, 1), hidden) < 2e-5
+        assert worst(sum(parts["weight"]), weight) < loose  # type: ignore[arg-type]
+        assert worst(torch.stack(parts["hidden"], 1).flatten(0, 1), hidden) < loose
     else:
-        assert worst(torch.cat(parts["weight"]), weight) < 2e-5
+        assert worst(torch.cat(parts["weight"]), weight) < loose
         whole = [torch.cat(parts["hidden"])] if mode == "sp" else parts["hidden"]
-        assert all(worst(part, hidden) < 2e-5 for part in whole)
+        assert all(worst(part, hidden) < loose for part in whole)

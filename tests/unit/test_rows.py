@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megafuse.data.dataset import GroupDataset
-from megafuse.data.rows import BatchPlan, RowPlanner, RowShape, build_row
+from megafuse.data.rows import BatchPlan, RowPlanner, RowShape, block_sizes, build_row
 from megafuse.data.sampler import BatchSampler
 from megafuse.errors import ConfigError, DataError
 from megafuse.model.arch import ModelArch
@@ -67,6 +67,23 @@ def test_terms_point_at_the_responses_of_their_group(data: GroupDataset) -> None
         for members, weight, g in zip(row.terms.members.tolist(), row.terms.weights.tolist(), row.terms.group.tolist())
     ]
     assert found == wanted and row.terms.num_groups == 2
+
+
+def test_blocks_are_the_shortest_runs_that_no_term_leaves(data: GroupDataset) -> None:
+    row = build_row([data[i] for i in (5, 2, 7)], prefix_sharing=True, row_tokens=2048)
+    assert sum(row.blocks.sizes) == row.num_responses and all(size > 0 for size in row.blocks.sizes)
+    block = np.repeat(np.arange(len(row.blocks.sizes)), row.blocks.sizes)
+    terms = [[block[y] for y in members if y >= 0] for members in row.terms.members.tolist()]
+    assert all(len(set(term)) == 1 for term in terms)
+    assert torch.equal(row.blocks.counts[0], torch.bincount(row.target_response, minlength=row.num_responses))
+    used = {y for members in row.terms.members.tolist() for y in members if y >= 0}
+    assert row.idle == (len(used) < row.num_responses)
+    for b, size in enumerate(row.blocks.sizes):  # no run can be cut once more
+        first = int((block < b).sum())
+        for cut in range(first + 1, first + size):
+            spans = [[y for y in members if y >= 0] for members in row.terms.members.tolist()]
+            assert any(min(m) < cut <= max(m) for m in spans)
+    assert block_sizes(np.array([[0, 2, -1], [3, 3, 3], [6, 5, -1]]), 8) == (3, 1, 1, 2, 1)
 
 
 def test_an_empty_row_is_all_padding() -> None:

@@ -29,6 +29,9 @@ def test_the_parts_of_a_row_are_the_row(tmp_path: Path, ways: int, sharing: bool
         places = (part.layout[2] == rank).nonzero().flatten()
         assert part.tokens.shape == (1, row.positions.numel() // ways) and torch.equal(part.layout[:2], row.layout)
         assert torch.equal(part.tokens[0], row.tokens[0, places])
+        counted = torch.bincount(part.target_response, minlength=row.num_responses)
+        assert torch.equal(part.blocks.counts[rank], counted) and part.blocks.counts.shape[0] == ways
+        assert torch.equal(part.target_response, torch.repeat_interleave(counted)), "one response after another"
         assert torch.equal(part.positions, row.positions[places])
         seen += zip(
             *(x.tolist() for x in (part.targets, places[part.target_rows], part.target_response)), [rank] * 9999
