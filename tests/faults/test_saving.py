@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 import psutil
 import pytest
 
+from megafuse.checkpoint import writer
 from megafuse.checkpoint.folder import complete_steps, step_name
+from megafuse.checkpoint.saver import Saver
 from megafuse.config.train import TrainConfig
 from megafuse.converters.importer import import_hf
-from megafuse.errors import StorageError
+from megafuse.errors import PreemptedError, StorageError
 from megafuse.observe.metrics import read_metrics
 from megafuse.testing.distributed import run_distributed
 from megafuse.testing.save_faults import break_saves_alone, break_saves_in_turn
@@ -152,6 +155,24 @@ def test_a_kill_inside_a_save_of_either_kind(inputs: Path, tmp_path: Path) -> No
                 assert texts and not any(is_running(int(text.split()[0])) for text in texts if text)
             train(settings)
         assert saved(settings.run_dir)[-1] == 6 and numbers(settings.run_dir) == numbers(whole.run_dir)
+
+
+def test_a_stop_waits_for_the_save_in_flight(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = writer._write_file
+
+    def slow(*args: Any) -> Any:
+        time.sleep(1.0)
+        return write(*args)
+
+    def poll(one: Saver) -> None:  # of step 3: the writer of step 2 is not done
+        if one._flight is not None:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(writer, "_write_file", slow)
+    monkeypatch.setattr(Saver, "poll", poll)
+    with pytest.raises(PreemptedError, match=r"after step 4, saved as .*step_00000004"):
+        train(config(inputs, tmp_path / "run", async_save=True))
+    assert saved(tmp_path / "run") == [2, 4] and len(numbers(tmp_path / "run")) == 4
 
 
 @pytest.fixture
