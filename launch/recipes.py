@@ -8,7 +8,6 @@ from pathlib import Path
 import megafuse
 from megafuse.errors import ConfigError
 
-
 _ASSIGNED = r"([A-Z_]+)=\$\{[A-Z_]+:-((?:[^{}$]|\$\{[^{}]*\})*)\}"
 """NAME=${NAME:-default}; the default may hold one such more."""
 
@@ -97,7 +96,7 @@ def _variables(text: str) -> dict[str, str]:
         given = re.findall(_ASSIGNED, assigned[1]) if assigned else []
         names, defaults = [name for name, _ in given], [default or "none" for _, default in given]
         if assigned and not listed & set(names):
-            comment = f"{assigned[2]}; " if assigned[2] else ""
+            comment = f"{assigned[4]}; " if assigned[4] else ""
             found[" ".join(names)] = f"{comment}default {' and '.join(defaults)}"
     for name, comment in re.findall(r"\$\{([A-Z_]+):\?([^}]*)\}", text):
         if name not in listed and not name.startswith("SLURM_"):
