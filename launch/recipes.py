@@ -8,6 +8,9 @@ from pathlib import Path
 import megafuse
 from megafuse.errors import ConfigError
 
+_ASSIGNED = r"([A-Z_]+)=\$\{[A-Z_]+:-((?:[^{}$]|\$\{[^{}]*\})*)\}"
+"""NAME=${NAME:-default}; the default may hold one such more."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -89,11 +92,11 @@ def _variables(text: str) -> dict[str, str]:
     found = dict(re.findall(r"^#   ([A-Z][A-Z_ ]*[A-Z]|[A-Z]+)  +(\S.*)", text, re.MULTILINE))
     listed = {name for names in found for name in names.split()} | {"MEGAFUSE_ROOT"}
     for line in text.splitlines():
-        assigned = re.match(r"(?:export )?((?:[A-Z_]+=\$\{[A-Z_]+:-[^}]*\} *)+)(?:# *(.*))?$", line)
-        given = re.findall(r"([A-Z_]+)=\$\{\1:-([^}]*)\}", assigned[1]) if assigned else []
+        assigned = re.match(rf"(?:export )?((?:{_ASSIGNED} *)+)(?:# *(.*))?$", line)
+        given = re.findall(_ASSIGNED, assigned[1]) if assigned else []
         names, defaults = [name for name, _ in given], [default or "none" for _, default in given]
         if assigned and not listed & set(names):
-            comment = f"{assigned[2]}; " if assigned[2] else ""
+            comment = f"{assigned[4]}; " if assigned[4] else ""
             found[" ".join(names)] = f"{comment}default {' and '.join(defaults)}"
     for name, comment in re.findall(r"\$\{([A-Z_]+):\?([^}]*)\}", text):
         if name not in listed and not name.startswith("SLURM_"):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 _PROGRAMS = {
     "megafuse": r"""
-        case " $* " in *" --print_config "*) exit 0 ;; esac
+        case " $* " in *" --print_config "* | " doctor "*) exit 0 ;; esac
         echo "megafuse $*" >> "$RUN/log"
         while [ $# -gt 0 ]; do
           case "$1" in
