@@ -390,7 +390,9 @@ def test_the_whole_chain(cluster: SlurmCluster, submit: Submitter, beside: Besid
     assert steps == {"fusesft": 2, "fusepo": 2}
     # done once: training found data, checkpoint and reference of the jobs before it
     trained = "".join(path.read_text() for path in run.glob("fuse*.out"))
-    assert len(re.findall(r"(?:build|import|reference): \S+ is there", trained)) == 4, trained
+    found = set(re.findall(r"(build|import|reference): \S+/(fusesft|fusepo)/\S+ is there", trained))
+    stages = [("build", "fusesft"), ("import", "fusesft"), ("build", "fusepo"), ("import", "fusepo")]
+    assert found == {*stages, ("reference", "fusepo")}, trained
     assert "verdict: the same model" in told(run)
 
 
