@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
 ARGS = ["--global_batch_size", "8", "--epochs", "9", "--max_steps", str(STEPS), "--checkpoint.interval", "10",
-        "--observe.no_tensorboard", "--guard.hang_seconds", os.environ.get("SLURM_TEST_HANG", "30")]  # fmt: skip
+        "--observe.no_tensorboard", "--guard.hang_seconds", os.environ.get("SLURM_TEST_HANG", "20")]  # fmt: skip
 PATIENCE = float(os.environ.get("SLURM_TEST_PATIENCE", "600"))
 REPORT = os.environ.get("SLURM_TEST_REPORT")  # a file for measured times
 
