@@ -280,7 +280,9 @@ import_model() {
 
 # reference DATASET ARGUMENTS...: its log-probs, once
 reference() {
-  if todo reference "$RUN/hf/config.json" && ! grep -qs '"complete": true' "$RUN/reference/manifest.json"; then
+  if grep -qs '"complete": true' "$RUN/reference/manifest.json"; then
+    say "reference: $RUN/reference is there"
+  elif todo reference "$RUN/hf/config.json"; then
     every_node reference --out "$RUN/reference" --model.path "$RUN/model" --data.dataset "$1" \
       --data.max_row_tokens 16384 "${LAYOUT[@]}" "${@:2}"
   fi

@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
 ARGS = ["--global_batch_size", "8", "--epochs", "9", "--max_steps", str(STEPS), "--checkpoint.interval", "10",
-        "--observe.no_tensorboard", "--guard.hang_seconds", os.environ.get("SLURM_TEST_HANG", "30")]  # fmt: skip
+        "--observe.no_tensorboard", "--guard.hang_seconds", os.environ.get("SLURM_TEST_HANG", "20")]  # fmt: skip
 PATIENCE = float(os.environ.get("SLURM_TEST_PATIENCE", "600"))
 REPORT = os.environ.get("SLURM_TEST_REPORT")  # a file for measured times
 
@@ -390,7 +390,9 @@ def test_the_whole_chain(cluster: SlurmCluster, submit: Submitter, beside: Besid
     assert steps == {"fusesft": 2, "fusepo": 2}
     # done once: training found data, checkpoint and reference of the jobs before it
     trained = "".join(path.read_text() for path in run.glob("fuse*.out"))
-    assert len(re.findall(r"(?:build|import|reference): \S+ is there", trained)) == 4, trained
+    found = set(re.findall(r"(build|import|reference): \S+/(fusesft|fusepo)/\S+ is there", trained))
+    stages = [("build", "fusesft"), ("import", "fusesft"), ("build", "fusepo"), ("import", "fusepo")]
+    assert found == {*stages, ("reference", "fusepo")}, trained
     assert "verdict: the same model" in told(run)
 
 
