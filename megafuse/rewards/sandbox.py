@@ -208,6 +208,8 @@ def bubblewrap_command(source: Path, limits: Limits, mode: Mode) -> list[str]:
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     for name, value in _ENVIRONMENT.items():
         command += ["--setenv", name, value]
+    size = ["--perms", "1777", "--size", str(limits.disk_bytes), "--tmpfs"]
+    command += [*size, "/tmp"]  # before this Python, which may live below it
     for root in sorted({Path("/usr"), Path(sys.base_prefix).resolve(), Path(sys.prefix).resolve()}):
         for parent in reversed(root.parents[:-1]):  # bubblewrap would copy their modes, and /root is closed to others
             command += ["--perms", "0755", "--dir", str(parent)]
@@ -218,7 +220,6 @@ def bubblewrap_command(source: Path, limits: Limits, mode: Mode) -> list[str]:
             command += ["--symlink", os.readlink(path), str(path)]
         elif path.is_dir():
             command += ["--ro-bind", str(path), str(path)]
-    size = ["--perms", "1777", "--size", str(limits.disk_bytes), "--tmpfs"]
-    command += ["--proc", "/proc", "--dev", "/dev", *size, "/dev/shm", "--remount-ro", "/dev", *size, "/tmp"]
+    command += ["--proc", "/proc", "--dev", "/dev", *size, "/dev/shm", "--remount-ro", "/dev"]
     command += ["--ro-bind", str(source), "/program.py", "--remount-ro", "/", "--chdir", "/tmp"]
     return [*command, sys.executable, "-s", "/program.py"]

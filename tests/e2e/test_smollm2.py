@@ -102,7 +102,7 @@ CHAT = [{"role": "user", "content": QUESTIONS[0]}]
 
 @pytest.fixture(scope="module")
 def fused(smollm2: Path) -> dict[str, TrainConfig]:
-    """Runs of FusePO, three steps of two pairs each, at TP3 from the checkpoint and at PP2 from the folder."""
+    """Runs of FusePO, three steps on the same six pairs, at TP3 from the checkpoint and at PP2 from the folder."""
     rows = [
         {
             "prompt_id": f"q{i}",
@@ -127,12 +127,12 @@ def fused(smollm2: Path) -> dict[str, TrainConfig]:
                 "model": {"path": smollm2 / model, "precision": "fp32"},
                 "data": {"dataset": data, "max_row_tokens": 256},
                 "loss": {"name": "ln_dpo", "beta": 2.0},
-                "optim": {"lr": 2e-5, "distributed": False},
+                "optim": {"lr": 2e-6, "distributed": False},
                 "parallel": parallel,
                 "checkpoint": {"interval": 0, "final_optimizer": False},
                 "observe": {"tensorboard": False},
-                "global_batch_size": 2,
-                "max_steps": STEPS,
+                "global_batch_size": len(QUESTIONS),
+                "epochs": STEPS,
             }
         )
         run_distributed(run_trainings, world, [configs[name]], timeout=900)

@@ -62,7 +62,7 @@ def test_a_job_that_refuses_is_not_said_to_have_succeeded(
                   "--run", str(run))  # fmt: skip
     assert done.returncode == 1 and "fusepo-llama8b: FAILED, job " in done.stdout, done.stdout + done.stderr
     (log,) = run.glob("fusepo-llama8b-*.out")
-    assert "refused: MODEL /nowhere has no config.json" in log.read_text()
+    assert "refused: DATA x is not there" in log.read_text()
     job = log.stem.rpartition("-")[2]
     assert cluster.field(job, "ExitCode") == "2:0" and cluster.field(job, "Restarts") == "0"
 
