@@ -201,8 +201,14 @@ def _rloo(h: dict[str, Any], rewards: np.ndarray, d: Tensor, logps: Tensor) -> T
     return -(advantage * logps) / k
 
 
-def oracle_steps(hf_folder: Path, config: TrainConfig, steps: int) -> list[OracleStep]:
-    """The first `steps` optimizer steps of the run that `config` describes, its model being `hf_folder`."""
+def oracle_steps(
+    hf_folder: Path, config: TrainConfig, steps: int, *, held_in: torch.dtype = torch.float64
+) -> list[OracleStep]:
+    """The first `steps` optimizer steps of the run that `config` describes, its model being `hf_folder`.
+
+    held_in: what the weights are rounded to after each update; all arithmetic is in float64. A run in fp32 at a small
+        rate does not make Adam's steps as they are: 2e-6 is 16.8 of the ulps of a weight between 1 and 2.
+    """
     data = GroupDataset(config.data.dataset)
     sampler = BatchSampler(len(data), config.global_batch_size, config.epochs, config.seed)
     total = min(sampler.total_steps, config.max_steps or sampler.total_steps)
@@ -229,7 +235,7 @@ def oracle_steps(hf_folder: Path, config: TrainConfig, steps: int) -> list[Oracl
                 ref = response_logps(frozen, group)
             loss, size = group_loss(config.loss, group, response_logps(policy, group), ref, step / total)
             (loss / denominator).backward()
-            value += float(loss) / denominator
+            value += float(loss.detach()) / denominator
             magnitude += size / denominator
         norm = float(torch.sqrt(sum((p.grad**2).sum() for p in policy.parameters())))
         if 0 < optim.clip_grad < norm + 1e-6:
@@ -238,6 +244,9 @@ def oracle_steps(hf_folder: Path, config: TrainConfig, steps: int) -> list[Oracl
         for group_ in adam.param_groups:
             group_["lr"] = learning_rate(config, step, total)
         adam.step()
+        with torch.no_grad():
+            for p in policy.parameters():
+                p.copy_(p.to(held_in))
         results.append(OracleStep(value, norm, magnitude))
     return results
 
