@@ -15,10 +15,8 @@ source "$RECIPE"
 # wildcards and several words are meant to be split
 # shellcheck disable=SC2206
 scored=($DATA) rank_build=($RANK_BUILD) rank_model=(${RANK_MODEL:-})
-program=(megafuse)
-if [ -n "${megafuse+set}" ]; then program=(); fi # `here` knows itself how megafuse is started
 if todo "rank data set" "$point/rank/manifest.json"; then
-  here ${program[@]+"${program[@]}"} build --inputs "${scored[@]}" --output "$point/rank" --tokenizer "$MODEL" --kind rank \
+  here build --inputs "${scored[@]}" --output "$point/rank" --tokenizer "$MODEL" --kind rank \
     --max_length 2048 "${rank_build[@]}"
 fi
 if todo "rank accuracy" "$point/eval/accuracy.json"; then
