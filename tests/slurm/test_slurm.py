@@ -26,9 +26,10 @@ from megafuse.testing.slurm_cluster import SlurmCluster
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 60
+STEPS = 200  # a fault takes hold some 20 steps after it was asked for, where nothing else keeps the machine busy
 ARGS = ["--global_batch_size", "8", "--epochs", "9", "--max_steps", str(STEPS), "--checkpoint.interval", "10",
         "--observe.no_tensorboard", "--guard.hang_seconds", os.environ.get("SLURM_TEST_HANG", "20")]  # fmt: skip
+SOON = 60  # steps: a signal takes seconds to reach the ranks, and a step a tenth of one
 PATIENCE = float(os.environ.get("SLURM_TEST_PATIENCE", "600"))
 REPORT = os.environ.get("SLURM_TEST_REPORT")  # a file for measured times
 
@@ -302,7 +303,7 @@ def test_the_battered_job_is_the_same_run(whole: Path, battered: Battered) -> No
 def test_before_the_time_limit_it_saves_within_a_step(battered: Battered) -> None:
     told = output(battered.run)
     saved = re.search(r"preempted after step (\d+), saved as", told)
-    assert saved and battered.at["usr1"] <= int(saved[1]) <= battered.at["usr1"] + 8
+    assert saved and battered.at["usr1"] <= int(saved[1]) <= battered.at["usr1"] + SOON
     assert f"resumed from {battered.run}/train/checkpoints/step_{int(saved[1]):08d}" in told
     assert "exit code 85; requeue, try 1 of 3" in told
 
@@ -326,7 +327,7 @@ def test_scancel_saves_and_is_final(cluster: SlurmCluster, battered: Battered) -
     job, run, step = battered.cancelled
     assert cluster.field(job, "JobState") == "CANCELLED" and cluster.field(job, "Restarts") == "0"
     saved = complete_steps(run / "train" / "checkpoints")[-1]
-    assert step <= saved <= step + 8 and json.loads((run / "train" / "outcome.json").read_text())["code"] == 143
+    assert step <= saved <= step + SOON and json.loads((run / "train" / "outcome.json").read_text())["code"] == 143
 
 
 def made(run: Path) -> Path:
