@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 200  # a fault takes hold some 20 steps after it was asked for, where nothing else keeps the machine busy
-ARGS = ["--global_batch_size", "8", "--epochs", "9", "--max_steps", str(STEPS), "--checkpoint.interval", "10",
+ARGS = ["--global_batch_size", "8", "--epochs", "20", "--max_steps", str(STEPS), "--checkpoint.interval", "10",
         "--observe.no_tensorboard", "--guard.hang_seconds", os.environ.get("SLURM_TEST_HANG", "20")]  # fmt: skip
 SOON = 60  # steps: a signal takes seconds to reach the ranks, and a step a tenth of one
 PATIENCE = float(os.environ.get("SLURM_TEST_PATIENCE", "600"))
