@@ -10,7 +10,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,16 @@ STALE_SECONDS = 600.0
 
 
 class RunLock:
-    """A held lock. `touch` it now and then; `release` it at the end."""
+    """A held lock, and a context manager that releases it. `touch` it now and then."""
 
     def __init__(self, path: Path, token: str) -> None:
         self._path, self._token = path, token
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
 
     def touch(self) -> None:
         """Tell others that this job lives."""
@@ -41,8 +47,7 @@ class RunLock:
             self._path.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def run_lock(run_dir: Path, environ: Mapping[str, str]) -> Iterator[RunLock]:
+def acquire(run_dir: Path, environ: Mapping[str, str]) -> RunLock:
     """Hold RUN/lock. One process of a job only.
 
     A lock is taken over when its owner is surely gone: a process of this host that does not exist any more, an earlier
@@ -51,15 +56,6 @@ def run_lock(run_dir: Path, environ: Mapping[str, str]) -> Iterator[RunLock]:
     Raises:
         ConfigError: another job holds it; with its host, process id, job id, and when it last gave a sign of life.
     """
-    lock = acquire(run_dir, environ)
-    try:
-        yield lock
-    finally:
-        lock.release()
-
-
-def acquire(run_dir: Path, environ: Mapping[str, str]) -> RunLock:
-    """What `run_lock` does at its beginning."""
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / LOCK
     token = uuid.uuid4().hex

@@ -1,5 +1,6 @@
 """A training run: everything that `megafuse train` does, on every rank."""
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass
@@ -91,11 +92,8 @@ class _Run:
             clear_outcome(config.run_dir)
 
         topology.on_rank_zero(begin)
-        try:
-            return self._locked(held[0] if held else None)
-        finally:
-            for lock in held:
-                lock.release()
+        with held[0] if held else contextlib.nullcontext() as lock:  # rank 0 holds it for all
+            return self._locked(lock)
 
     def _locked(self, lock: RunLock | None) -> Path:
         config, topology = self.config, self.topology

@@ -18,7 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megafuse.checkpoint import folder as folders
-from megafuse.checkpoint.lock import LOCK, STALE_SECONDS, acquire, run_lock
+from megafuse.checkpoint.lock import LOCK, STALE_SECONDS, acquire
 from megafuse.checkpoint.pickles import refuse_unknown_pickles
 from megafuse.checkpoint.space import refuse_full_disk
 from megafuse.converters.importer import import_hf
@@ -218,7 +218,7 @@ def test_a_full_disk_is_told_in_bytes(tmp_path: Path) -> None:
 
 
 def test_a_second_job_is_refused(tmp_path: Path) -> None:
-    with run_lock(tmp_path, {"SLURM_JOB_ID": "7"}) as lock:
+    with acquire(tmp_path, {"SLURM_JOB_ID": "7"}) as lock:
         lock.touch()
         host = socket.gethostname()
         with pytest.raises(ConfigError, match=rf"process {os.getpid()} on host {host}, Slurm job 7"):
