@@ -5,7 +5,7 @@
 `regression_layer.weight [19, h]` is applied to the hidden state of the last token; the gating network (ReLU layers,
 then softmax of logits / temperature, times `gating.logit_scale`) to the hidden state at the first token of the last
 `<|eot_id|><|start_header_id|>assistant<|end_header_id|>\\n\\n`, which has seen the prompt and not the answer.
-The heads are computed in float32 whatever the precision of the backbone.
+The heads are computed in float32, or in the precision of the backbone where that is higher.
 """
 
 import json
@@ -85,16 +85,21 @@ class ArmoRM:
             temperature=raw.get("gating_temperature", 10),
         )
         self.heads.load_state_dict(_weights(folder, list(self.heads.state_dict())))
-        self.heads.float().to(device).eval()
+        self.precision = torch.promote_types(dtype, torch.float32)
+        self.heads.to(device, self.precision).eval()
         self.header: list[int] = tokenizer(ANSWER_HEADER, add_special_tokens=False)["input_ids"]
 
     def score(self, ids: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
-        """Scores [n] float32 of right-padded sequences [n, t]; ConfigError for one without an answer's header."""
+        """Scores [n] in the precision of the heads, of right-padded sequences [n, t].
+
+        Raises:
+            ConfigError: a sequence without an answer's header.
+        """
         hidden = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         rows = torch.arange(len(ids), device=ids.device)
         places = [last_occurrence(row[:n].tolist(), self.header) for row, n in zip(ids, lengths)]
         prompt = hidden[rows, torch.tensor(places, device=ids.device)]
-        scores: Tensor = self.heads(hidden[rows, lengths - 1].float(), prompt.float())
+        scores: Tensor = self.heads(hidden[rows, lengths - 1].to(self.precision), prompt.to(self.precision))
         return scores
 
 
