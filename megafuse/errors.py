@@ -2,7 +2,8 @@
 
 The command line prints the message without a traceback and exits with `exit_code`:
 2 wrong configuration or input, 3 damaged data, 4 not enough disk, 75 hang, 85 preempted after a save, 86 stopped on a
-non-finite step or a spike, 87 replicas differ, 143 terminated (after a save where there was time).
+non-finite step or a spike, 87 replicas differ or a step
+cannot be repeated, 143 terminated (after a save where there was time).
 """
 
 
@@ -61,6 +62,6 @@ class TerminatedError(MegafuseError):
 
 
 class ReplicaError(MegafuseError):
-    """Copies of the same parameters differ between ranks: a silent hardware error, or a bug."""
+    """Copies of a parameter differ between ranks, or a step computed twice does: a silent hardware error, or a bug."""
 
     exit_code = 87

@@ -5,9 +5,9 @@ import sys
 from megafuse.config.parity import ParityConfig
 
 DESCRIPTION = """Run a tiny random model in every layout that fits the ranks at hand, and print how far its loss, its
-log-probs and the gradient of every parameter are from one process in float64 without Megatron. Exit status 1: a layout
-is out of bounds. Under torchrun or srun it uses their ranks (give --seed then, the same everywhere); alone it starts
---processes of its own."""
+log-probs, the gradient of every parameter and its norm are from one process in float64 without Megatron. Exit status
+1: a layout is out of bounds. Under torchrun or srun it uses their ranks (give --seed then, the same everywhere); alone
+it starts --processes of its own."""
 
 CONFIG = ParityConfig
 

@@ -41,6 +41,6 @@ class ParityConfig(Config):
     """Of the random model and data; None: a fresh one, printed."""
     tolerance: float | None = Field(None, gt=0)
     """Largest difference that passes: of the loss, of a log-prob relative to the largest, of a parameter's gradient
-    relative to its norm. None: 1e-5 in fp32 on a CPU, 1e-4 in fp32 on CUDA, 5e-2 in bf16."""
+    relative to its norm, of the gradient norm. None: 1e-5 in fp32 on a CPU, 1e-4 in fp32 on CUDA, 5e-2 in bf16."""
     out: Path | None = None
     """JSON file for every figure."""

@@ -186,6 +186,9 @@ class GuardConfig(Config):
     """As `on_nonfinite`, for spikes."""
     fingerprint_every: int = Field(0, ge=0)
     """Steps between comparisons of the data-parallel copies of every parameter; 0: none."""
+    replay_every: int = Field(0, ge=0)
+    """Steps between those that are computed twice: losses and gradients must agree to the bit before any update.
+    Such a step takes twice as long. 0: none."""
 
 
 class ObserveConfig(Config):

@@ -1,4 +1,4 @@
-"""Every layout against one process in float64: loss, per-response log-probs and the gradient of every parameter.
+"""Every layout against one process in float64: loss, log-probs of each response, every gradient, the gradient norm.
 
 A tiny random model of the chosen family is written and converted on every rank, alike everywhere by its seed, so no
 shared file system is needed. Rank 0 computes the oracle; each layout then runs the training step's own code.
@@ -36,7 +36,10 @@ KINDS = ("sft", "pair", "rloo", "wrpo")
 
 @dataclass(frozen=True)
 class Cell:
-    """One line of the report: differences relative to the oracle, and the parameter whose gradient is the worst."""
+    """One line of the report: differences relative to the oracle, and the parameter whose gradient is the worst.
+
+    `norm_difference` is that of the gradient norm that updates are clipped by, or of a part of it.
+    """
 
     layout: str
     loss: str
@@ -46,6 +49,7 @@ class Cell:
     logp_difference: float
     gradient_difference: float
     parameter: str
+    norm_difference: float
     ok: bool
 
 
@@ -175,7 +179,7 @@ class _Lab:
         """All losses and kinds of rows at one layout, on rank 0; the model is built once. Collective."""
         from megafuse.checkpoint.state import load_model
         from megafuse.model.build import build_model, choose_backend
-        from megafuse.testing.gradients import BatchFacts, compare, layout_gradients, layout_logps
+        from megafuse.testing.gradients import compare, layout_facts, layout_logps
         from megafuse.training.optim import wrap_for_training
 
         config = self.config
@@ -191,16 +195,16 @@ class _Lab:
                 planner = self._planner(data, shared, split, row_shape(parallel, topology.dp_size, backend))
                 logps = layout_logps(engine, topology, planner, data, prefix_sharing=shared)
                 for loss in (loss for loss, of in self.kind.items() if of == kind):
-                    value, gradients = layout_gradients(
+                    facts = layout_facts(
                         engine, topology, planner, LossConfig.model_validate(LOSSES[loss]), data,
-                        oracle["reference"][kind], prefix_sharing=shared,
+                        oracle["reference"][kind], logps, prefix_sharing=shared,
                     )  # fmt: skip
-                    if gradients is None:
+                    if facts is None:
                         continue
-                    apart = compare(BatchFacts(value, abs(value), logps, gradients), oracle["facts"][loss])
+                    apart = compare(facts, oracle["facts"][loss])
                     yield Cell(
                         name, loss, rows, split, apart.loss, apart.logps, apart.gradient, apart.parameter,
-                        ok=apart.worst <= tolerance(config),
+                        apart.norm, ok=apart.worst <= tolerance(config),
                     )  # fmt: skip
 
     def _planner(self, data: GroupDataset, shared: bool, split: str, shape: RowShape) -> RowPlanner:
@@ -251,10 +255,11 @@ def verdict(config: ParityConfig, cells: list[Cell]) -> bool:
     from rich.table import Table
 
     table = Table(
-        "layout", "loss", "loss diff", "log-prob diff", "gradient diff", "worst parameter", "", box=box.SIMPLE
-    )
+        "layout", "loss", "loss diff", "log-prob diff", "norm diff", "gradient diff", "worst parameter", "",
+        box=box.SIMPLE,
+    )  # fmt: skip
     for name, loss, cell in summary(cells):
-        figures = (cell.loss_difference, cell.logp_difference, cell.gradient_difference)
+        figures = (cell.loss_difference, cell.logp_difference, cell.norm_difference, cell.gradient_difference)
         mark = "[green]ok[/]" if cell.ok else f"[red]FAILS[/] ({cell.rows} rows, {cell.micro_batches} micro-batches)"
         table.add_row(name, loss, *(f"{x:.1e}" for x in figures), cell.parameter, mark)
     failed = [cell for cell in cells if not cell.ok]
@@ -280,7 +285,7 @@ def summary(cells: list[Cell]) -> list[tuple[str, str, Cell]]:
 
 
 def _size(cell: Cell) -> float:
-    return max(cell.loss_difference, cell.logp_difference, cell.gradient_difference)
+    return max(cell.loss_difference, cell.logp_difference, cell.norm_difference, cell.gradient_difference)
 
 
 def parity_in_processes(config: ParityConfig) -> list[Cell]:

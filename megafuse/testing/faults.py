@@ -108,3 +108,52 @@ def flip_bit(config: Any, rank: int, step: int) -> str:
     finally:
         loop.train_step = original
     return ""
+
+
+def glitches(rank: int, runs: list[tuple[Any, int, str]]) -> list[str]:
+    """Train each config of `runs` (config, step, where) in the joined world; rank `rank` computes one thing wrong once.
+
+    In update `step` (0: none) a bit of what the embedding gives (`where` = forward) or of a gradient (backward) is
+    flipped. Returns the error that this rank saw in each run, or nothing.
+    """
+    from megafuse.errors import MegafuseError
+    from megafuse.training import loop
+    from megafuse.training import run as training_run
+
+    original, errors = loop.train_step, []
+    for config, step, where in runs:
+        loop.train_step = _wrong_once(original, rank, step, where)
+        try:
+            training_run.train(config)
+            errors.append("")
+        except MegafuseError as error:
+            errors.append(f"{type(error).__name__}: {error}")
+        finally:
+            loop.train_step = original
+    return errors
+
+
+def _wrong_once(train_step: Any, rank: int, step: int, where: str) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    count = [0]
+    hooks: list[Any] = []
+
+    def flipped(value: torch.Tensor) -> torch.Tensor:
+        hooks.pop().remove()
+        bits = value.detach().clone()
+        bits.view(torch.int32).view(-1)[0] ^= 1 << 22  # the highest of the mantissa: rounding must not hide it
+        return bits if where == "backward" else value + (bits - value).detach()
+
+    def wrong(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        if count[0] == step and dist.get_rank() == rank:
+            model = engine.bare[0]
+            if where == "forward":
+                hooks.append(model.embedding.register_forward_hook(lambda module, inputs, output: flipped(output)))
+            else:
+                hooks.append(model.decoder.layers[0].mlp.linear_fc2.weight.register_hook(flipped))
+        return train_step(engine, *args, **kwargs)
+
+    return wrong

@@ -1,7 +1,9 @@
 """One global batch's loss, log-probs and per-parameter gradients: in float64 without Megatron, and at any layout."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import hypot
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from megafuse.parallel.topology import Topology
 from megafuse.reference.compute import score_groups
 from megafuse.testing.oracle import group_loss, hf_gradients, response_logps
 from megafuse.training import loop
+from megafuse.training.grad_norms import grad_norms
 from megafuse.training.optim import Engine
 from megafuse.training.step import RowInput, backward, reduce_metrics
 
@@ -35,6 +38,8 @@ class BatchFacts:
     magnitude: float  # the loss with every summand taken by its absolute value, see testing.oracle; of an oracle only
     logps: np.ndarray  # [n] float64: sums of all responses of the data set, in its order
     gradients: dict[str, Tensor]
+    norm: float  # of the whole gradient, as it is clipped by
+    norms: dict[str, float]  # by part of the model, see training.grad_norms
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,12 @@ class Difference:
     logps: float
     gradient: float
     parameter: str
+    norm: float  # of the whole gradient's norm, and of those of its parts relative to it
 
     @property
     def worst(self) -> float:
-        """The largest of the three."""
-        return max(self.loss, self.logps, self.gradient)
+        """The largest of the four."""
+        return max(self.loss, self.logps, self.gradient, self.norm)
 
 
 def denominator(config: LossConfig, groups: Sequence[Group]) -> float:
@@ -72,9 +78,23 @@ def oracle_facts(model: Any, plan: Plan, config: LossConfig, data: GroupDataset,
         at += len(logps)
         value, size = group_loss(config, group, logps, frozen, PROGRESS)
         (value / over).backward()
-        loss, magnitude = loss + float(value) / over, magnitude + size / over
+        loss, magnitude = loss + value.item() / over, magnitude + size / over
         sums.append(logps.detach().numpy())
-    return BatchFacts(loss, magnitude, np.concatenate(sums), stacked(plan, hf_gradients(model)))
+    gradients = stacked(plan, hf_gradients(model))
+    norms = norms_by_part(gradients)
+    return BatchFacts(loss, magnitude, np.concatenate(sums), gradients, hypot(*norms.values()), norms)
+
+
+def norms_by_part(gradients: dict[str, Tensor]) -> dict[str, float]:
+    """What `training.grad_norms` should find, from whole gradients by canonical name."""
+    squares: dict[str, float] = defaultdict(float)
+    for key, value in gradients.items():
+        if key.startswith("decoder.layers."):
+            for number, layer in enumerate(value):
+                squares[f"layers.{number}"] += float(layer.square().sum())
+        else:
+            squares[key.removeprefix("decoder.").split(".")[0]] += float(value.square().sum())
+    return {part: square**0.5 for part, square in squares.items()}
 
 
 def stacked(plan: Plan, by_hf_name: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -87,17 +107,18 @@ def stacked(plan: Plan, by_hf_name: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def layout_gradients(
+def layout_facts(
     engine: Engine,
     topology: Topology,
     planner: RowPlanner,
     config: LossConfig,
     data: GroupDataset,
     ref: np.ndarray,
+    logps: np.ndarray,
     *,
     prefix_sharing: bool,
-) -> tuple[float, dict[str, Tensor] | None]:
-    """(loss, gradients on rank 0) of the same batch, through the training step's own code at this layout."""
+) -> BatchFacts | None:
+    """The same batch through the training step's own code at this layout, on rank 0; `logps` are `layout_logps`'."""
     loss = make_loss(config)
     plan = planner.plan(np.arange(len(data)))
     offsets, lengths = data.response_offsets, plan.lengths[topology.dp_rank]
@@ -109,7 +130,11 @@ def layout_gradients(
         rows.append(RowInput(local_row(row, topology.cp_rank, topology.cp_size).to(topology.device), frozen))
     over = loop.batch_denominator(loss, data, plan)
     outputs = backward(engine, topology, loss, rows, lengths=lengths, denominator=over, progress=PROGRESS)
-    return reduce_metrics(topology, outputs)["loss"][0], gathered_gradients(engine, topology)
+    value = reduce_metrics(topology, outputs)["loss"][0]
+    engine.optimizer.prepare_grads()
+    norm, norms = float(engine.optimizer.get_grad_norm()), grad_norms(engine, topology)
+    gradients = gathered_gradients(engine, topology)
+    return None if gradients is None else BatchFacts(value, abs(value), logps, gradients, norm, norms)
 
 
 def layout_logps(
@@ -185,7 +210,7 @@ def compare(found: BatchFacts, exact: BatchFacts) -> Difference:
     worst, name = 0.0, ""
     missing = found.gradients.keys() ^ exact.gradients.keys()
     if missing:
-        return Difference(np.inf, np.inf, np.inf, f"one side only: {sorted(missing)[0]}")
+        return Difference(np.inf, np.inf, np.inf, f"one side only: {sorted(missing)[0]}", np.inf)
     for key, wanted in exact.gradients.items():
         got = found.gradients[key]
         if got.shape != wanted.shape and got.shape[1:] == wanted.shape[1:]:
@@ -200,4 +225,6 @@ def compare(found: BatchFacts, exact: BatchFacts) -> Difference:
             place = [int(i) for i in np.unravel_index(int(share.argmax()), share.shape)] if kept else ""
             name = f"{key} {place}".strip()
     logps = float(np.abs(found.logps - exact.logps).max() / np.abs(exact.logps).max())
-    return Difference(float(abs(found.loss - exact.loss) / exact.magnitude), logps, worst, name)
+    pairs = [(found.norm, exact.norm), *((found.norms.get(part, np.inf), norm) for part, norm in exact.norms.items())]
+    norm = max(abs(a - b) for a, b in pairs) / exact.norm if found.norms.keys() == exact.norms.keys() else np.inf
+    return Difference(float(abs(found.loss - exact.loss) / exact.magnitude), logps, worst, name, norm)

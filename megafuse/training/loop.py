@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from megafuse.parallel.topology import Topology
 from megafuse.reference.cache import ReferenceLogps
 from megafuse.training.batch import batch_denominator, input_rows
 from megafuse.training.fingerprint import refuse_different_replicas
+from megafuse.training.grad_norms import grad_norms, worst_part
 from megafuse.training.guard import RollBack, SpikeGuard, write_incident
 from megafuse.training.held_out import HeldOut, evaluate, score
 from megafuse.training.optim import Engine
+from megafuse.training.replay import refuse_different_replay
 from megafuse.training.signals import END, NONE, StopRequest
 from megafuse.training.step import RowInput, StepResult, train_step
 from megafuse.training.watchdog import Watchdog
@@ -101,7 +104,7 @@ class Loop:
                 if result.updated:
                     guard.accept(result.grad_norm)
                 else:
-                    self._refused(result, step, plan, skipped)
+                    self._refused(engine, result, step, plan, skipped)
                 if config.guard.fingerprint_every and step % config.guard.fingerprint_every == 0:
                     refuse_different_replicas(engine, self.topology, step)
                 stop = result.stop or self._asked_while_evaluating(evaluated, step, total)
@@ -184,6 +187,8 @@ class Loop:
     def _step(
         self, engine: Engine, plan: BatchPlan, rows: list[RowInput], step: int, total: int, guard: SpikeGuard
     ) -> StepResult:
+        every = self.config.guard.replay_every
+        replay = every and step % every == 0
         return train_step(
             engine,
             self.topology,
@@ -194,6 +199,7 @@ class Loop:
             progress=(step - 1) / total,
             refuse=lambda grad_norm: step in self.left_out or guard.is_spike(grad_norm),
             stop=lambda: self.stop.wanted,
+            **({"check": partial(refuse_different_replay, engine, self.topology, step)} if replay else {}),
         )
 
     def _record(
@@ -215,16 +221,19 @@ class Loop:
             **result.metrics,
         }
 
-    def _refused(self, result: StepResult, step: int, plan: BatchPlan, skipped: int) -> None:
+    def _refused(self, engine: Engine, result: StepResult, step: int, plan: BatchPlan, skipped: int) -> None:
         """An update was made by no rank: write down what it was of, then halt, skip or roll back."""
         config = self.config
         if result.finite and step in self.left_out:
             self._say(f"step {step}: left out since a roll-back; no parameter was updated")
             return
         policy = config.guard.on_spike if result.finite else config.on_nonfinite
-        facts = f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; no parameter was updated"
+        norms = grad_norms(engine, self.topology)
+        facts = f"step {step}: loss {result.loss}, gradient norm {result.grad_norm} ({worst_part(norms)}); "
+        facts += "no parameter was updated"
         told = {"reason": "spike" if result.finite else "not finite", "policy": policy, "seed": config.seed,
-                "loss": repr(result.loss), "grad_norm": repr(result.grad_norm)}  # fmt: skip
+                "loss": repr(result.loss), "grad_norm": repr(result.grad_norm),
+                "grad_norms": {part: repr(norm) for part, norm in norms.items()}}  # fmt: skip
         path = self.topology.on_rank_zero(lambda: write_incident(config.run_dir, step, self.data, plan, told))
         facts += f". Its prompts are in {path}"
         if policy == "rollback" and step not in self.left_out:

@@ -17,6 +17,8 @@ from megafuse.losses.types import ResponseSums
 from megafuse.parallel.topology import Topology
 from megafuse.training.optim import Engine
 
+Outputs = list[dict[str, Tensor]]  # of the last stage's rows: metric name -> (sum, weight)
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -76,15 +78,17 @@ def train_step(
     progress: float,
     refuse: Callable[[float], bool] = lambda grad_norm: False,
     stop: Callable[[], int] = lambda: 0,
+    check: Callable[[Outputs, Callable[[], Outputs]], Outputs] = lambda outputs, again: outputs,
 ) -> StepResult:
     """One update from this rank's `rows`, of `lengths` places.
 
     `denominator` is that of the GLOBAL batch, `progress` the share of the run behind us in [0, 1). An update that is
     not finite, or that any rank's `refuse(grad_norm)` is true for, is made by no rank. `stop()` says how urgently this
-    rank is asked to stop; all ranks learn of the strongest request in the same all-reduce.
+    rank is asked to stop; all ranks learn of the strongest request in the same all-reduce. `check` sees what came of
+    forward and backward, and what computes them again.
     """
-    outputs = backward(engine, topology, loss, rows, lengths=lengths, denominator=denominator, progress=progress)
-    sums = reduce_metrics(topology, outputs)
+    once = partial(backward, engine, topology, loss, rows, lengths=lengths, denominator=denominator, progress=progress)
+    sums = reduce_metrics(topology, check(once(), once))
     engine.optimizer.prepare_grads()
     grad_norm = float(engine.optimizer.get_grad_norm())
     value = sums.pop("loss")[0]
@@ -108,7 +112,7 @@ def backward(
     lengths: Sequence[int],
     denominator: float,
     progress: float,
-) -> list[dict[str, Tensor]]:
+) -> Outputs:
     """Gradients of one global batch, summed over all ranks, in the parameters' `main_grad`; the rows' metric sums."""
     for chunk in engine.model:
         chunk.zero_grad_buffer()
@@ -158,7 +162,7 @@ def _as_mcore_wants_it(output: tuple[Tensor, Any]) -> tuple[Tensor, Tensor, Any]
     return value, torch.zeros((), dtype=torch.int, device=value.device), report
 
 
-def reduce_metrics(topology: Topology, outputs: list[dict[str, Tensor]]) -> dict[str, tuple[float, float]]:
+def reduce_metrics(topology: Topology, outputs: Outputs) -> dict[str, tuple[float, float]]:
     """Add (sum, weight) pairs of all rows of all ranks in float64. Every rank gets the same numbers."""
     names = topology.from_last_stage(sorted({name for output in outputs for name in output}))
     total = torch.zeros(len(names), 2, dtype=torch.float64)

@@ -1,5 +1,6 @@
 """Updates that are refused, and copies of parameters that differ."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from megafuse.converters.importer import import_hf
 from megafuse.observe.manifest import read_json
 from megafuse.observe.metrics import read_metrics
 from megafuse.testing.distributed import run_distributed
-from megafuse.testing.faults import flip_bit, poison_gradient
+from megafuse.testing.faults import flip_bit, glitches, poison_gradient
 from megafuse.testing.tiny import write_tiny_dataset, write_tiny_llama
 from megafuse.training.guard import SpikeGuard
 
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.faults
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("guards")
     import_hf(write_tiny_llama(root / "hf", seed=5, layers=1), root / "model")
+    import_hf(write_tiny_llama(root / "hf2", seed=5, layers=2), root / "two_layers")
     write_tiny_dataset(root / "sft", "sft", seed=6)
     return root
 
@@ -66,6 +68,11 @@ def test_a_bad_step_rolls_back_and_comes_again_without_its_batch(inputs: Path, t
     assert read_json(run / "left_out.json") == [4] and complete_steps(run / "checkpoints") == [2, 4, 6]
     incident = read_json(run / "incidents" / "step_00000004.json")
     assert incident["reason"] == "not finite" and sum(len(row) for row in incident["prompt_ids"][0]) == 4
+    assert incident["grad_norms"].pop("embedding") == "nan", "the poisoned gradient is its"
+    assert {part: float(norm) > 0 for part, norm in incident["grad_norms"].items()} == {
+        "layers.0": True,
+        "final_layernorm": True,
+    }
     # the same as skipping it: nothing had been updated
     run_distributed(poison_gradient, 1, config(inputs, tmp_path / "skip", on_nonfinite="skip"), 0, 4)
     skipped = read_metrics(tmp_path / "skip")
@@ -84,7 +91,10 @@ def test_a_spike_is_skipped_with_its_prompts(inputs: Path, tmp_path: Path) -> No
     (seen,) = run_distributed(poison_gradient, 1, config(inputs, run, guard=guard), 0, 4, 1e6)
     assert seen["error"] is None and seen["changed"] is False
     assert [r["updated"] for r in read_metrics(run)] == [True, True, True, False, True, True]
-    assert read_json(run / "incidents" / "step_00000004.json")["reason"] == "spike"
+    incident = read_json(run / "incidents" / "step_00000004.json")
+    norms = {part: float(norm) for part, norm in incident["grad_norms"].items()}
+    assert incident["reason"] == "spike" and max(norms, key=lambda part: norms[part]) == "embedding"
+    assert math.hypot(*norms.values()) == pytest.approx(float(incident["grad_norm"]), rel=1e-5)
 
 
 def test_a_flipped_bit_in_one_replica_is_found(inputs: Path, tmp_path: Path) -> None:
@@ -100,3 +110,26 @@ def test_a_flipped_bit_in_one_replica_is_found(inputs: Path, tmp_path: Path) -> 
             else:
                 assert seen == ""
     assert complete_steps(tmp_path / "bad" / "checkpoints") == [2]
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"pipeline": 2}], ids=["dp2", "tp2", "pp2"])
+def test_a_step_that_cannot_be_repeated_is_found(inputs: Path, tmp_path: Path, parallel: dict[str, int]) -> None:
+    def settings(name: str, **guard: int) -> TrainConfig:
+        model = {"path": inputs / "two_layers", "precision": "fp32"}
+        return config(inputs, tmp_path / name, guard=guard, parallel=parallel, model=model, max_steps=4)
+
+    every = {"replay_every": 2}
+    runs = [(settings("plain"), 0, ""), (settings("good", **every), 0, ""), (settings("odd", **every), 3, "forward")]
+    runs += [(settings(where, **every), 4, where) for where in ("forward", "backward")]
+    for plain, good, odd, forward, backward in run_distributed(glitches, 2, 0, runs):
+        assert plain == good == odd == "", "only every second step is computed twice"
+        again = "ReplicaError: step 4: computed twice from the same weights, the "
+        losers = (
+            "[0, 1]" if "tensor" in parallel else "[1]" if "pipeline" in parallel else "[0]"
+        )  # whose losses they are
+        assert forward.startswith(f"{again}losses of ranks {losers} differ")
+        assert backward.startswith(f"{again}gradients that ranks [")
+    numbers = [[(r["loss"], r["grad_norm"]) for r in read_metrics(tmp_path / name)] for name in ("plain", "good")]
+    assert numbers[0] == numbers[1], "computed twice, trained on once"
+    for where in ("forward", "backward"):
+        assert complete_steps(tmp_path / where / "checkpoints") == [2]
