@@ -177,6 +177,8 @@ def _complaints(error: ValidationError, prefix: str = "") -> Iterator[str]:
             yield f"{name} is missing"
         elif item["type"] == "missing":
             yield f"{name} is required: set it in a file, or with --{name}"
+        elif item["type"] == "too_short" and not item["input"]:
+            yield f"no {name} given: at least one is needed; see --help"
         elif item["type"] == "extra_forbidden":
             yield f"unknown field {name} = {_short(item['input'])}"
         elif isinstance(item["input"], Mapping | Config):  # a validator of a whole table: it says what is wrong itself

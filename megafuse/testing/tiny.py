@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from megafuse.config.train import TrainConfig
 from megafuse.data.store import FORMAT, GROUPS, MANIFEST, Row, RowWriter, content_digest, file_sizes, save_sorted
 
 
@@ -162,6 +163,26 @@ def write_tiny_qwen3_moe(
         norm_topk_prob=norm_topk_prob,
     )
     return write_tiny_model(Qwen3MoeForCausalLM(config), folder, seed, sparse=True)
+
+
+def tiny_run(run_dir: Path, model: Path, dataset: Path, /, **settings: Any) -> TrainConfig:
+    """A training run for tests: fp32, FuseSFT, a checkpoint at the end, no TensorBoard.
+
+    `settings` replace what they name: tables field by field, but the loss as a whole.
+    """
+    values: dict[str, Any] = {
+        "run_dir": run_dir,
+        "model": {"path": model, "precision": "fp32"},
+        "data": {"dataset": dataset, "max_row_tokens": 256},
+        "loss": {"name": "sft"},
+        "optim": {"lr": 1e-3},
+        "checkpoint": {"interval": 0},
+        "observe": {"tensorboard": False},
+        "global_batch_size": 8,
+    }
+    for name, value in settings.items():
+        values[name] = {**values.get(name, {}), **value} if isinstance(value, dict) and name != "loss" else value
+    return TrainConfig.model_validate(values)
 
 
 def write_tiny_dataset(

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megafuse.config.train import TrainConfig
 from megafuse.converters.digest import weights_digest
 from megafuse.converters.exporter import export_hf
 from megafuse.converters.importer import import_hf
@@ -20,7 +19,7 @@ from megafuse.converters.verify import verify
 from megafuse.errors import IntegrityError
 from megafuse.testing.convert_workers import load_compare_save
 from megafuse.testing.distributed import run_distributed, run_trainings
-from megafuse.testing.tiny import write_tiny_dataset, write_tiny_llama
+from megafuse.testing.tiny import tiny_run, write_tiny_dataset, write_tiny_llama
 
 pytestmark = pytest.mark.distributed
 
@@ -77,19 +76,14 @@ def test_training_checkpoints(tmp_path):
     data = write_tiny_dataset(tmp_path / "data", "sft", seed=int.from_bytes(os.urandom(4), "little"))
     layouts = {"tp2": ({"tensor": 2}, True), "pp2": ({"pipeline": 2}, False), "dp2": ({}, True)}
     configs = [
-        TrainConfig.model_validate(
-            {
-                "run_dir": tmp_path / "runs" / name,
-                "model": {"path": tmp_path / "ckpt", "precision": "bf16"},
-                "data": {"dataset": data, "max_row_tokens": 256},
-                "loss": {"name": "sft"},
-                "optim": {"lr": 1e-2, "distributed": distributed},
-                "parallel": parallel,
-                "checkpoint": {"interval": 0, "final_optimizer": True},
-                "observe": {"tensorboard": False},
-                "global_batch_size": 8,
-                "max_steps": 2,
-            }
+        tiny_run(
+            tmp_path / "runs" / name,
+            tmp_path / "ckpt",
+            data,
+            model={"precision": "bf16"},
+            optim={"lr": 1e-2, "distributed": distributed},
+            parallel=parallel,
+            max_steps=2,
         )
         for name, (parallel, distributed) in layouts.items()
     ]

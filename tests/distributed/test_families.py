@@ -24,7 +24,7 @@ from megafuse.testing.convert_workers import work_on_families
 from megafuse.testing.distributed import run_distributed
 from megafuse.testing.families import WRITERS
 from megafuse.testing.oracle import oracle_steps
-from megafuse.testing.tiny import write_tiny_dataset
+from megafuse.testing.tiny import tiny_run, write_tiny_dataset
 
 pytestmark = pytest.mark.distributed
 
@@ -62,19 +62,17 @@ class Bench:
 
     def training(self, family: str) -> TrainConfig:
         """Two steps at TP2 that start straight from the Hugging Face folder."""
-        return TrainConfig.model_validate(
-            {
-                "run_dir": self.root / family / "run",
-                "model": {"path": self.root / family / "hf", "precision": "fp32"},
-                "data": {"dataset": self.root / "data", "max_row_tokens": 128},
-                "loss": {"name": "ln_dpo", "beta": 3.0},
-                "optim": {"lr": 2e-4, "distributed": False},
-                "parallel": {"tensor": 2, "sequence": family in SPARSE},
-                "checkpoint": {"interval": 0, "final_optimizer": False},
-                "observe": {"tensorboard": False},
-                "global_batch_size": 4,
-                "max_steps": STEPS,
-            }
+        return tiny_run(
+            self.root / family / "run",
+            self.root / family / "hf",
+            self.root / "data",
+            data={"max_row_tokens": 128},
+            loss={"name": "ln_dpo", "beta": 3.0},
+            optim={"lr": 2e-4, "distributed": False},
+            parallel={"tensor": 2, "sequence": family in SPARSE},
+            checkpoint={"final_optimizer": False},
+            global_batch_size=4,
+            max_steps=STEPS,
         )
 
 

@@ -14,7 +14,7 @@ from megafuse.data.sampler import BatchSampler
 from megafuse.observe.metrics import read_metrics
 from megafuse.testing.distributed import run_distributed
 from megafuse.testing.gathered import Job, Seen, different, train_and_look
-from megafuse.testing.tiny import write_tiny_dataset, write_tiny_llama, write_tiny_qwen3_moe
+from megafuse.testing.tiny import tiny_run, write_tiny_dataset, write_tiny_llama, write_tiny_qwen3_moe
 
 pytestmark = pytest.mark.distributed
 
@@ -83,19 +83,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(root: Path, at: At, run: str) -> TrainConfig:
-    return TrainConfig.model_validate(
-        {
-            "run_dir": root / "runs" / run,
-            "model": {"path": root / at.model, "precision": at.precision},
-            "data": {"dataset": root / "pair", "max_row_tokens": 256},
-            "loss": {"name": "simpo", "beta": 2.0, "gamma": 0.5},
-            "optim": {"lr": 2e-4, "weight_decay": 0.1, "clip_grad": 0.5, "distributed": at.distributed},
-            "parallel": dict(at.parallel),
-            "checkpoint": {"interval": SAVED, "final_optimizer": False},
-            "observe": {"tensorboard": False},
-            "global_batch_size": BATCH,
-            "max_steps": STEPS,
-        }
+    return tiny_run(
+        root / "runs" / run,
+        root / at.model,
+        root / "pair",
+        model={"precision": at.precision},
+        loss={"name": "simpo", "beta": 2.0, "gamma": 0.5},
+        optim={"lr": 2e-4, "weight_decay": 0.1, "clip_grad": 0.5, "distributed": at.distributed},
+        parallel=dict(at.parallel),
+        checkpoint={"interval": SAVED, "final_optimizer": False},
+        global_batch_size=BATCH,
+        max_steps=STEPS,
     )
 
 

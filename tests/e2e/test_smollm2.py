@@ -23,6 +23,7 @@ from megafuse.observe.metrics import read_metrics
 from megafuse.testing.distributed import run_distributed, run_trainings
 from megafuse.testing.oracle import oracle_steps
 from megafuse.testing.relayout import next_token_logps
+from megafuse.testing.tiny import tiny_run
 from megafuse.testing.vllm_probe import ask_vllm
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
@@ -121,19 +122,16 @@ def fused(smollm2: Path) -> dict[str, TrainConfig]:
     build(BuildConfig.model_validate(asked | {"kind": "pair", "part": "all"}))
     configs = {}
     for name, parallel, model, world in (("tp3", {"tensor": 3}, "model", 3), ("pp2", {"pipeline": 2}, "hf", 2)):
-        configs[name] = TrainConfig.model_validate(
-            {
-                "run_dir": smollm2 / name,
-                "model": {"path": smollm2 / model, "precision": "fp32"},
-                "data": {"dataset": data, "max_row_tokens": 256},
-                "loss": {"name": "ln_dpo", "beta": 2.0},
-                "optim": {"lr": 2e-6, "distributed": False},
-                "parallel": parallel,
-                "checkpoint": {"interval": 0, "final_optimizer": False},
-                "observe": {"tensorboard": False},
-                "global_batch_size": len(QUESTIONS),
-                "epochs": STEPS,
-            }
+        configs[name] = tiny_run(
+            smollm2 / name,
+            smollm2 / model,
+            data,
+            loss={"name": "ln_dpo", "beta": 2.0},
+            optim={"lr": 2e-6, "distributed": False},
+            parallel=parallel,
+            checkpoint={"final_optimizer": False},
+            global_batch_size=len(QUESTIONS),
+            epochs=STEPS,
         )
         run_distributed(run_trainings, world, [configs[name]], timeout=900)
     return configs

@@ -13,7 +13,7 @@ from megafuse.observe.manifest import read_json
 from megafuse.observe.metrics import read_metrics
 from megafuse.testing.distributed import run_distributed
 from megafuse.testing.faults import flip_bit, glitches, poison_gradient
-from megafuse.testing.tiny import write_tiny_dataset, write_tiny_llama
+from megafuse.testing.tiny import tiny_run, write_tiny_dataset, write_tiny_llama
 from megafuse.training.guard import SpikeGuard
 
 pytestmark = pytest.mark.faults
@@ -29,20 +29,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(inputs: Path, run: Path, **changes: Any) -> TrainConfig:
-    return TrainConfig.model_validate(
-        {
-            "run_dir": run,
-            "model": {"path": inputs / "model", "precision": "fp32"},
-            "data": {"dataset": inputs / "sft", "max_row_tokens": 256},
-            "loss": {"name": "sft"},
-            "optim": {"lr": 1e-3},
-            "checkpoint": {"interval": 2, "keep": 9},
-            "observe": {"tensorboard": False},
-            "global_batch_size": 4,
-            "max_steps": 6,
-            **changes,
-        }
-    )
+    settings = {"checkpoint": {"interval": 2, "keep": 9}, "global_batch_size": 4, "max_steps": 6}
+    return tiny_run(run, inputs / "model", inputs / "sft", **{**settings, **changes})
 
 
 def test_a_spike_is_far_above_the_median_of_a_full_window() -> None:
@@ -99,7 +87,7 @@ def test_a_spike_is_skipped_with_its_prompts(inputs: Path, tmp_path: Path) -> No
 
 def test_a_flipped_bit_in_one_replica_is_found(inputs: Path, tmp_path: Path) -> None:
     # the distributed optimizer's next gather would repair the copy, or spread it
-    changes: dict[str, Any] = {"guard": {"fingerprint_every": 2}, "optim": {"lr": 1e-3, "distributed": False}}
+    changes: dict[str, Any] = {"guard": {"fingerprint_every": 2}, "optim": {"distributed": False}}
     runs = {"bad": 3, "good": 0}
     for settings, step in ((config(inputs, tmp_path / name, **changes), step) for name, step in runs.items()):
         for seen in run_distributed(flip_bit, 2, settings, 1, step):
@@ -115,7 +103,7 @@ def test_a_flipped_bit_in_one_replica_is_found(inputs: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"pipeline": 2}], ids=["dp2", "tp2", "pp2"])
 def test_a_step_that_cannot_be_repeated_is_found(inputs: Path, tmp_path: Path, parallel: dict[str, int]) -> None:
     def settings(name: str, **guard: int) -> TrainConfig:
-        model = {"path": inputs / "two_layers", "precision": "fp32"}
+        model = {"path": inputs / "two_layers"}
         return config(inputs, tmp_path / name, guard=guard, parallel=parallel, model=model, max_steps=4)
 
     every = {"replay_every": 2}

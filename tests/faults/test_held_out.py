@@ -18,7 +18,7 @@ from megafuse.errors import ConfigError, PreemptedError
 from megafuse.observe.metrics import read_metrics
 from megafuse.testing.distributed import run_distributed, run_trainings
 from megafuse.testing.oracle import double_model, group_loss, response_logps
-from megafuse.testing.tiny import write_tiny_dataset, write_tiny_llama
+from megafuse.testing.tiny import tiny_run, write_tiny_dataset, write_tiny_llama
 from megafuse.training import held_out
 from megafuse.training.run import train
 
@@ -44,21 +44,14 @@ def rename(folder: Path) -> None:
 
 def config(inputs: Path, run: Path, **changes: Any) -> TrainConfig:
     kind = "sft" if changes.get("loss", {}).get("name") == "sft" else "pair"
-    return TrainConfig.model_validate(
-        {
-            "run_dir": run,
-            "model": {"path": inputs / "model", "precision": "fp32"},
-            "data": {"dataset": inputs / kind, "max_row_tokens": 256},
-            "loss": {"name": "simpo", "beta": 2.0, "gamma": 0.5},
-            "optim": {"lr": 1e-30},
-            "checkpoint": {"interval": 0},
-            "held_out": {"dataset": inputs / f"held_out_{kind}"},
-            "observe": {"tensorboard": False},
-            "global_batch_size": 4,
-            "max_steps": 1,
-            **changes,
-        }
-    )
+    settings = {
+        "loss": {"name": "simpo", "beta": 2.0, "gamma": 0.5},
+        "optim": {"lr": 1e-30},
+        "held_out": {"dataset": inputs / f"held_out_{kind}"},
+        "global_batch_size": 4,
+        "max_steps": 1,
+    }
+    return tiny_run(run, inputs / "model", inputs / kind, **{**settings, **changes})
 
 
 def expected(inputs: Path, settings: TrainConfig) -> dict[str, float]:

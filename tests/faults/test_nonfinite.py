@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 
-from megafuse.config.train import TrainConfig
 from megafuse.converters.importer import import_hf
 from megafuse.observe.metrics import read_metrics
 from megafuse.testing.distributed import run_distributed
 from megafuse.testing.faults import poison_gradient
-from megafuse.testing.tiny import write_tiny_dataset, write_tiny_llama
+from megafuse.testing.tiny import tiny_run, write_tiny_dataset, write_tiny_llama
 
 pytestmark = pytest.mark.faults
 
@@ -26,20 +25,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"pipeline": 2}], ids=["dp2", "tp2", "pp2"])
 @pytest.mark.parametrize("policy", ["halt", "skip"])
 def test_no_rank_updates(inputs: Path, tmp_path: Path, parallel: dict[str, Any], policy: str) -> None:
-    config = TrainConfig.model_validate(
-        {
-            "run_dir": tmp_path / "run",
-            "model": {"path": inputs / "model", "precision": "fp32"},
-            "data": {"dataset": inputs / "sft", "max_row_tokens": 256},
-            "loss": {"name": "sft"},
-            "optim": {"lr": 1e-3},
-            "parallel": parallel,
-            "checkpoint": {"interval": 0, "final_optimizer": False},
-            "observe": {"tensorboard": False},
-            "global_batch_size": 8,
-            "max_steps": 3,
-            "on_nonfinite": policy,
-        }
+    config = tiny_run(
+        tmp_path / "run", inputs / "model", inputs / "sft", parallel=parallel, max_steps=3, on_nonfinite=policy
     )
     for seen in run_distributed(poison_gradient, 2, config, 1, 2):
         assert seen["changed"] is False

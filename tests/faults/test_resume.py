@@ -18,7 +18,7 @@ from megafuse.converters.importer import import_hf
 from megafuse.errors import ConfigError, IntegrityError
 from megafuse.observe.metrics import read_metrics
 from megafuse.testing.distributed import run_distributed, run_trainings
-from megafuse.testing.tiny import write_tiny_dataset, write_tiny_llama
+from megafuse.testing.tiny import tiny_run, write_tiny_dataset, write_tiny_llama
 
 pytestmark = pytest.mark.faults
 
@@ -34,21 +34,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(inputs: Path, run: Path, **changes: Any) -> TrainConfig:
-    return TrainConfig.model_validate(
-        {
-            "run_dir": run,
-            "model": {"path": inputs / "model", "precision": changes.pop("precision", "bf16")},
-            "data": {"dataset": inputs / "pair", "max_row_tokens": 256},
-            "loss": {"name": "dpo", "beta": 0.3},
-            "optim": {"lr": 1e-3, "distributed": changes.pop("distributed", True)},
-            "checkpoint": {"interval": 2, "keep": 9},
-            "observe": {"tensorboard": False},
-            "global_batch_size": 8,
-            "epochs": 2,
-            "max_steps": STEPS,
-            **changes,
-        }
-    )
+    settings = {
+        "model": {"precision": changes.pop("precision", "bf16")},
+        "loss": {"name": "dpo", "beta": 0.3},
+        "optim": {"distributed": changes.pop("distributed", True)},
+        "checkpoint": {"interval": 2, "keep": 9},
+        "epochs": 2,
+        "max_steps": STEPS,
+    }
+    return tiny_run(run, inputs / "model", inputs / "pair", **{**settings, **changes})
 
 
 def numbers(run: Path) -> list[tuple[str, ...]]:

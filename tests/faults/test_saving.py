@@ -22,7 +22,7 @@ from megafuse.errors import PreemptedError, StorageError
 from megafuse.observe.metrics import read_metrics
 from megafuse.testing.distributed import run_distributed
 from megafuse.testing.save_faults import break_saves_alone, break_saves_in_turn
-from megafuse.testing.tiny import write_tiny_dataset, write_tiny_llama
+from megafuse.testing.tiny import tiny_run, write_tiny_dataset, write_tiny_llama
 from megafuse.training.run import train
 
 pytestmark = pytest.mark.faults
@@ -37,20 +37,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(inputs: Path, run: Path, **checkpoint: Any) -> TrainConfig:
-    return TrainConfig.model_validate(
-        {
-            "run_dir": run,
-            "model": {"path": inputs / "model", "precision": "fp32"},
-            "data": {"dataset": inputs / "pair", "max_row_tokens": 256},
-            "loss": {"name": "simpo", "beta": 2.0, "gamma": 0.5},
-            "optim": {"lr": 1e-3},
-            "checkpoint": {"interval": 2, "keep": 9, **checkpoint},
-            "observe": {"tensorboard": False},
-            "global_batch_size": 8,
-            "epochs": 2,
-            "max_steps": 6,
-        }
-    )
+    loss = {"name": "simpo", "beta": 2.0, "gamma": 0.5}
+    saving = {"interval": 2, "keep": 9, **checkpoint}
+    return tiny_run(run, inputs / "model", inputs / "pair", loss=loss, checkpoint=saving, epochs=2, max_steps=6)
 
 
 def numbers(run: Path) -> list[tuple[float, float]]:

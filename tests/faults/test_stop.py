@@ -16,7 +16,7 @@ from megafuse.config.train import TrainConfig
 from megafuse.converters.importer import import_hf
 from megafuse.observe.manifest import read_json
 from megafuse.observe.metrics import read_metrics
-from megafuse.testing.tiny import write_tiny_dataset, write_tiny_llama
+from megafuse.testing.tiny import tiny_run, write_tiny_dataset, write_tiny_llama
 
 pytestmark = pytest.mark.faults
 
@@ -30,20 +30,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(inputs: Path, run: Path, **changes: Any) -> TrainConfig:
-    return TrainConfig.model_validate(
-        {
-            "run_dir": run,
-            "model": {"path": inputs / "model", "precision": "fp32"},
-            "data": {"dataset": inputs / "sft", "max_row_tokens": 256},
-            "loss": {"name": "sft"},
-            "optim": {"lr": 1e-3},
-            "checkpoint": {"interval": 0, "keep": 9},
-            "observe": {"tensorboard": False},
-            "global_batch_size": 4,
-            "epochs": 9,
-            **changes,
-        }
-    )
+    settings = {"checkpoint": {"keep": 9}, "global_batch_size": 4, "epochs": 9}
+    return tiny_run(run, inputs / "model", inputs / "sft", **{**settings, **changes})
 
 
 def start(config: TrainConfig) -> subprocess.Popen[str]:
