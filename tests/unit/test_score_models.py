@@ -12,6 +12,7 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
 )
@@ -179,6 +180,12 @@ def test_refusals(classifier: Path, armorm: Path, tmp_path: Path) -> None:
     LlamaForSequenceClassification(small(num_labels=2)).save_pretrained(two)
     with pytest.raises(ConfigError, match="2 outputs"):
         load("classifier", two)
+    headless = make_tokenizer(tmp_path / "headless", 512)
+    LlamaForCausalLM(small()).save_pretrained(headless)
+    raw = json.loads((headless / "config.json").read_text())
+    (headless / "config.json").write_text(json.dumps({**raw, "num_labels": 1}))
+    with pytest.raises(ConfigError, match=r"no fitting weights of score\.weight"):
+        load("classifier", headless)
     bare = make_tokenizer(tmp_path / "bare", 512, chat_template=None)
     LlamaForSequenceClassification(small(num_labels=1)).save_pretrained(bare)
     with pytest.raises(ConfigError, match="no chat template"):
