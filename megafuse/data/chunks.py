@@ -1,6 +1,7 @@
 """A long stage over prompts that can be killed at any moment: one file a chunk of prompts, whole or absent.
 
-    OUT.jsonl.chunks/identity.json    what decides the result; another input or setting is refused
+    OUT.jsonl.chunks/identity.json    what decides the result; another input or setting is refused once a chunk is done
+    OUT.jsonl.chunks/identity.lock    shared by the jobs that make chunks; held alone to change identity.json
     OUT.jsonl.chunks/00003.jsonl      the rows of one chunk, under this name only when they are all on disk
     OUT.jsonl.chunks/00003.lock       held (flock) by the job that makes it; the kernel frees it when that job dies
     OUT.jsonl                         the chunks one after the other, once all are there
@@ -16,9 +17,10 @@ import gzip
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megafuse.data.reader import RecordReader, file_digest, raw_lines
 from megafuse.data.records import Form, Rules
@@ -44,6 +46,17 @@ def input_digests(paths: Sequence[Path]) -> list[str]:
     return [file_digest(path) for path in paths]
 
 
+@contextlib.contextmanager
+def output_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file that is whole or absent; a gzip, always the same for the same bytes, where its name ends with `.gz`."""
+    with atomic_file(path) as raw, contextlib.ExitStack() as stack:
+        yield (
+            stack.enter_context(gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0))  # type: ignore[arg-type]
+            if path.suffix == ".gz"
+            else raw
+        )
+
+
 class ChunkedStage:
     """The chunks of one output file.
 
@@ -56,7 +69,7 @@ class ChunkedStage:
         jobs: jobs that share the stage.
 
     Raises:
-        DataError: the folder of chunks belongs to another input or to other settings.
+        DataError: the folder of chunks belongs to another input or to other settings, and some are done or being made.
     """
 
     def __init__(
@@ -79,19 +92,41 @@ class ChunkedStage:
         self._check_identity()
 
     def _check_identity(self) -> None:
+        """Make the folder this run's, or raise; a run that failed before its first chunk does not keep it."""
         path = self.folder / "identity.json"
-        found = _read_json(path)
-        if found is None:
+        if _read_json(path) == self._identity:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "identity.lock", "a+", encoding="utf-8") as lock:
+            for wait in (0.1,) * 20 + (None,):  # jobs that start together take turns; one that works keeps it
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    found = _read_json(path)
+                    if found == self._identity:
+                        return
+                    if wait is None or self._any_done():
+                        raise self._another_run(found) from None
+                    time.sleep(wait)
+            found = _read_json(path)
+            if found == self._identity:
+                return
+            if found is not None and self._any_done():
+                raise self._another_run(found)
             if self.output.exists() and (_read_json(self.manifest_path) or {}).get("identity") != self._identity:
                 raise DataError(f"{self.output} exists and was made otherwise: choose another output, or remove it")
             write_json_atomic(path, self._identity)
-        elif found != self._identity:
-            keys = sorted(k for k in {*found, *self._identity} if found.get(k) != self._identity.get(k))
-            shown = "; ".join(f"{k}: {_short(found.get(k))} then, {_short(self._identity.get(k))} now" for k in keys)
-            raise DataError(
-                f"{self.folder} holds chunks of another run ({shown}): go on with the same input and settings, choose "
-                "another output, or remove the folder"
-            )
+
+    def _any_done(self) -> bool:
+        return any(self.folder.glob("[0-9]*.jsonl"))
+
+    def _another_run(self, found: Any) -> DataError:
+        shown = "; ".join(_differences(found or {}, self._identity)) or "identity.json is absent"
+        return DataError(
+            f"{self.folder} holds chunks of another run, or one makes them now ({shown}): go on with the same input "
+            "and settings, choose another output, or remove the folder"
+        )
 
     def part(self, index: int) -> Sequence[Record]:
         """The input records of a chunk."""
@@ -129,12 +164,18 @@ class ChunkedStage:
 
     @contextlib.contextmanager
     def claim(self, index: int) -> Iterator[None]:
-        """Hold a chunk while it is made.
+        """Hold a chunk while it is made. It may have been made since `pending` was asked: look again, with `rows`.
 
         Raises:
-            DataError: another job is making it.
+            DataError: another job is making it, or another run has taken the folder before its first chunk was done.
         """
-        with open(self.path(index).with_suffix(".lock"), "a+", encoding="utf-8") as lock:
+        with contextlib.ExitStack() as stack:
+            names = (self.folder / "identity.lock", self.path(index).with_suffix(".lock"))
+            shared, lock = (stack.enter_context(open(name, "a+", encoding="utf-8")) for name in names)
+            fcntl.flock(shared, fcntl.LOCK_SH)  # held alone for moments only
+            found = _read_json(self.folder / "identity.json")
+            if found != self._identity:
+                raise self._another_run(found)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -171,10 +212,7 @@ class ChunkedStage:
         missing = [i for i in range(self.count) if self.rows(i) is None]
         if missing:
             return False
-        with atomic_file(self.output) as raw, contextlib.ExitStack() as stack:
-            out: Any = raw
-            if self.output.suffix == ".gz":
-                out = stack.enter_context(gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0))
+        with output_file(self.output) as out:
             for index in range(self.count):
                 out.write(self.path(index).read_bytes())
         manifest = {"identity": self._identity, **facts, "created": utc_now(), "versions": versions()}
@@ -189,6 +227,18 @@ def _read_json(path: Path) -> Any:
         return None
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _differences(then: Any, now: Any, name: str = "") -> Iterator[str]:
+    """`settings.n: 4 then, 5 now` for every field that differs, however deep."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in sorted({*then, *now}):
+            yield from _differences(then.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif then != now:
+        one, two = json.dumps(then), json.dumps(now)
+        # of long values, from shortly before where they part
+        parting = next((i for i, (a, b) in enumerate(zip(one, two)) if a != b), min(len(one), len(two)))
+        start = max(0, parting - 10) if max(len(one), len(two)) > 60 else 0
+        yield f"{name}: {_short(one, start)} then, {_short(two, start)} now"
+
+
+def _short(text: str, start: int) -> str:
+    return "..." * (start > 0) + text[start : start + 60] + "..." * (len(text) > start + 60)

@@ -50,13 +50,16 @@ def score(config: ScoreConfig, progress: Progress | None = None) -> ScoreResult:
     job, jobs = config.job * ranks + rank, config.jobs * ranks
     stage = ChunkedStage(config.output, _identity(config), records, chunk=config.chunk, job=job, jobs=jobs)
     todo = stage.pending()
+    made = 0
     if todo:
         with contextlib.ExitStack() as stack:
             stack.enter_context(stage.claim(todo[0]))  # before a model is loaded
             scorers = _scorers(config, records, stack)
             for n, index in enumerate(todo):
                 with contextlib.nullcontext() if n == 0 else stage.claim(index):
-                    stage.write(index, _scored(config, stage.part(index), scorers))
+                    if stage.rows(index) is None:  # a job of another division of the work may have made it
+                        stage.write(index, _scored(config, stage.part(index), scorers))
+                        made += 1
                 if progress is not None:
                     progress(n + 1, len(todo))
     rows = [row for i in range(stage.count) for row in stage.rows(i) or []]
@@ -64,7 +67,7 @@ def score(config: ScoreConfig, progress: Progress | None = None) -> ScoreResult:
     complete = stage.finish({"counts": counts, "config": config.model_dump(mode="json")})
     if complete and config.compare:
         _write_disagreements(config, records, rows)
-    return ScoreResult(len(todo), complete, counts, stage.damaged)
+    return ScoreResult(made, complete, counts, stage.damaged)
 
 
 def _identity(config: ScoreConfig) -> dict[str, Any]:

@@ -94,12 +94,13 @@ def sample(
         config.output, _identity(config), records, chunk=config.chunk, job=config.job, jobs=config.jobs
     )
     todo = stage.pending()
+    made = 0
     if todo:
         with stage.claim(todo[0]):  # before weights are loaded
             engine = engine or make_engine(config)
             if isinstance(engine, VllmEngine):
                 engine.check([_request(config, record, 0) for i in todo for record in stage.part(i)])
-        _sample(config, stage, todo, engine, progress)
+        made = _sample(config, stage, todo, engine, progress)
     rows = [row for i in range(stage.count) for row in stage.rows(i) or []]
     counts = Counter(prompts=len(rows))
     for response in (r for row in rows for r in row["responses"]):
@@ -108,7 +109,7 @@ def sample(
         counts["empty"] += not response["text"].strip()
     found = dict(sorted(counts.items()))
     complete = stage.finish({"counts": found, "config": config.model_dump(mode="json")})
-    return SampleResult(len(todo), complete, found, stage.damaged)
+    return SampleResult(made, complete, found, stage.damaged)
 
 
 def _sample(
@@ -117,20 +118,24 @@ def _sample(
     todo: Sequence[int],
     engine: Engine,
     progress: Callable[[Speed], None] | None,
-) -> None:
-    started, tokens = time.monotonic(), 0
+) -> int:
+    """Make the chunks; how many were not made by others meanwhile."""
+    started, tokens, made = time.monotonic(), 0, 0
     for n, index in enumerate(todo, 1):
         part = stage.part(index)
         with stage.claim(index):
-            requests = [_request(config, r, i) for r in part for i in range(_responses(config, r))]
-            generated = engine.generate(requests)
-            found = iter(generated)
-            rows = [_row(config, r, [next(found) for _ in range(_responses(config, r))]) for r in part]
-            stage.write(index, rows)
-        tokens += sum(g.tokens for g in generated)
+            if stage.rows(index) is None:  # a job of another division of the work may have made it
+                requests = [_request(config, r, i) for r in part for i in range(_responses(config, r))]
+                generated = engine.generate(requests)
+                found = iter(generated)
+                rows = [_row(config, r, [next(found) for _ in range(_responses(config, r))]) for r in part]
+                stage.write(index, rows)
+                tokens += sum(g.tokens for g in generated)
+                made += 1
         if progress is not None:
             seconds = time.monotonic() - started
             progress(Speed(n, len(todo), tokens / seconds, seconds / n * (len(todo) - n)))
+    return made
 
 
 def make_engine(config: SampleConfig) -> Engine:

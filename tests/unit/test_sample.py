@@ -109,6 +109,28 @@ def test_jobs_and_resumption(tmp_path: Path) -> None:
         sample(config(prompts, out, temperature=0.5), engine=Echo())
 
 
+def test_a_chunk_that_another_job_made_meanwhile_is_not_made_again(tmp_path: Path) -> None:
+    prompts, out = write(tmp_path / "p.jsonl", 6), tmp_path / "out.jsonl"
+
+    class Slow(Echo):
+        def generate(self, requests: Sequence[Request]) -> list[Generated]:
+            if not self.batches:
+                sample(config(prompts, out, job=1, jobs=3), engine=Echo())
+            return super().generate(requests)
+
+    slow = Slow()
+    assert sample(config(prompts, out), engine=slow).made == len(slow.batches) == 2
+
+
+def test_a_run_that_made_nothing_does_not_lock_the_output(tmp_path: Path) -> None:
+    prompts, out = write(tmp_path / "p.jsonl", 3), tmp_path / "out.jsonl"
+    with pytest.raises(ConfigError, match="not a folder"):
+        sample(config(prompts, out, engine="vllm", model=tmp_path / "absent"))
+    assert sample(config(prompts, out), engine=Echo()).complete
+    with pytest.raises(DataError, match=r"settings\.max_tokens: 2048 then, 9 now"):
+        sample(config(prompts, out, max_tokens=9), engine=Echo())
+
+
 def reply(body: dict[str, Any]) -> dict[str, Any]:
     assert {"model", "messages", "temperature", "top_p", "max_tokens", "seed"} <= set(body)
     text = f"{body['messages'][-1]['content']}: {body['seed']}, {body['temperature']}, {body.get('repetition_penalty')}"

@@ -155,12 +155,58 @@ def test_damaged_chunks_are_made_again(tmp_path: Path) -> None:
 def test_another_runs_chunks_are_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", rows(4))
     score(config([source], tmp_path / "out.jsonl"))
-    for more, word in (({"math_seconds": 3.0}, "settings"), ({"chunk": 3}, "chunk: 2 then, 3 now")):
+    for more, word in (
+        ({"math_seconds": 3.0}, r"\(settings\.math_seconds: 20\.0 then, 3\.0 now\)"),
+        ({"chunk": 3, "max_length": 9}, r"\(chunk: 2 then, 3 now; settings\.max_length: 4096 then, 9 now\)"),
+    ):
         with pytest.raises(DataError, match=word):
             score(config([source], tmp_path / "out.jsonl", **more))
     write(source, rows(5))
     with pytest.raises(DataError, match="inputs"):
         score(config([source], tmp_path / "out.jsonl"))
+
+
+def test_a_run_that_made_nothing_does_not_lock_the_output(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", rows(4))
+    with pytest.raises(ConfigError, match="not a folder"):
+        score(config([source], tmp_path / "out.jsonl", reward="classifier", model=tmp_path / "absent"))
+    assert score(config([source], tmp_path / "out.jsonl")).complete
+
+
+def test_a_job_at_work_keeps_the_output(tmp_path: Path) -> None:
+    from megafuse.data.chunks import ChunkedStage
+
+    records = rows(3)
+    one = ChunkedStage(tmp_path / "x.jsonl", {"a": {"b": "z" * 99 + "1"}}, records, chunk=2)
+    with one.claim(1), pytest.raises(DataError, match=r'a\.b: \.\.\.z{10}1" then, \.\.\.z{10}2" now'):
+        ChunkedStage(tmp_path / "x.jsonl", {"a": {"b": "z" * 99 + "2"}}, records, chunk=2)
+    other = ChunkedStage(tmp_path / "x.jsonl", {"a": 2}, records, chunk=2)  # nobody works there, nothing is done
+    with pytest.raises(DataError, match="a: 2 then, "), one.claim(0):
+        pass
+    with other.claim(0):
+        other.write(0, records[:2])
+    with pytest.raises(DataError, match="chunks of another run"):
+        ChunkedStage(tmp_path / "x.jsonl", {"a": 3}, records, chunk=2)
+
+
+def test_a_chunk_that_another_job_made_meanwhile_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import megafuse.rewards.score as score_module
+
+    source, out = write(tmp_path / "a.jsonl", rows(6)), tmp_path / "out.jsonl"
+    others: dict[Path, int] = {}
+    real = score_module._scored
+
+    def slow(*args: Any) -> Any:
+        monkeypatch.setattr(score_module, "_scored", real)
+        assert score(config([source], out, job=1, jobs=3)).made == 1  # while the first makes its first chunk
+        others.update({p: p.stat().st_mtime_ns for p in tmp_path.glob("out.jsonl.chunks/?????.jsonl")})
+        return real(*args)
+
+    monkeypatch.setattr(score_module, "_scored", slow)
+    assert score(config([source], out)).made == 2
+    assert len(others) == 1 and all(p.stat().st_mtime_ns == t for p, t in others.items())
 
 
 def test_files_are_joined_by_prompt(tmp_path: Path) -> None:
