@@ -7,6 +7,7 @@ from pydantic import Field
 from rich.console import Console
 
 from megafuse.config.base import Config
+from megafuse.data.reader import check_output
 from megafuse.data.report import collect
 from megafuse.data.store import read_manifest
 from megafuse.data.tokenise import ChatTokenizer
@@ -43,6 +44,7 @@ CONFIG = DataReportConfig
 
 def run(config: DataReportConfig) -> int:
     """Write the page."""
+    check_output(config.output, config.files)
     manifests = []
     for path in config.datasets:
         manifest = read_manifest(path)

@@ -84,6 +84,7 @@ def build(config: BuildConfig, progress: Progress | None = None) -> BuildResult:
         Rules(reward_field=config.reward_field, drop_bad_responses=config.on_bad_response == "drop"),
         on_bad_record=config.on_bad_record,
         quarantine=config.output.with_name(f"{config.output.name}.quarantine.jsonl"),
+        advice='on_bad_record = "skip" sets them aside',
     )
     tally = Tally()
     wanted = _choose(reader, config, tally)

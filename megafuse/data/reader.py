@@ -5,12 +5,12 @@ import hashlib
 import json
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Literal
 
 from megafuse.data.records import BadRecord, RecordError, Rules, ScoredPrompt, parse_record
-from megafuse.errors import DataError
+from megafuse.errors import ConfigError, DataError
 
 SHOWN_ERRORS = 20
 
@@ -29,6 +29,19 @@ def _open(path: Path) -> IO[bytes]:
         return path.open("rb")
     except OSError as e:
         raise DataError(f"{path}: {e.strerror}") from None
+
+
+def check_output(output: Path, inputs: Iterable[Path], *, field: str = "output") -> None:
+    """Refuse to write where the bytes of an input are.
+
+    Raises:
+        ConfigError: the output is a folder, or the same file as an input, under whatever name.
+    """
+    if output.is_dir():
+        raise ConfigError(f"{field} = {output} is a folder: give the name of a file")
+    for path in inputs:
+        if output.resolve() == path.resolve() or (output.exists() and path.exists() and output.samefile(path)):
+            raise ConfigError(f"{field} = {output} is an input, which would be overwritten: choose another name")
 
 
 def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -61,7 +74,8 @@ class RecordReader:
     `on_bad_record="refuse"` (default): the first bad record stops the records, the rest is still checked, and the end
     of the iteration raises `DataError` with the first 20 errors and their number. `"skip"`: bad records go to the
     quarantine file, one JSON object each (`file, line, col, error, record`), and the good ones keep their order. Of
-    records with the same `prompt_id` the first counts; the others are bad.
+    records with the same `prompt_id` the first counts; the others are bad. `advice`: what the refusal says a user can
+    do, where the command has a setting for it.
     """
 
     def __init__(
@@ -71,11 +85,13 @@ class RecordReader:
         *,
         on_bad_record: Literal["refuse", "skip"] = "refuse",
         quarantine: Path | None = None,
+        advice: str = "",
     ) -> None:
         self.paths = [Path(p) for p in paths]
         self.rules = rules or Rules()
         self.on_bad_record = on_bad_record
         self.quarantine = quarantine
+        self.advice = advice
         self.errors: list[BadRecord] = []  # the first 20
         self.error_count = 0
         self.counts: Counter[str] = Counter()
@@ -130,7 +146,7 @@ class RecordReader:
             shown = "\n  ".join(str(e) for e in self.errors)
             more = self.error_count - len(self.errors)
             raise DataError(
-                f'{self.error_count} bad record(s); on_bad_record = "skip" sets them aside:\n  {shown}'
+                f"{self.error_count} bad record(s){self.advice and '; '}{self.advice}:\n  {shown}"
                 + (f"\n  ... and {more} more" if more else "")
             )
 

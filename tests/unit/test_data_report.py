@@ -124,3 +124,26 @@ def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     )
     assert main(["data", "report", str(source), "--output", str(tmp_path / "x.html")]) == 2
     assert not (tmp_path / "x.html").exists() and "no prompt has a response" in capsys.readouterr().err
+
+
+def test_an_input_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path / "a.jsonl", rows(3))
+    before = source.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(source)
+    (tmp_path / "hard.jsonl").hardlink_to(source)
+    for output, word in (
+        (source, "is an input"),
+        (tmp_path / "x" / ".." / "a.jsonl", "is an input"),
+        (tmp_path / "link.jsonl", "is an input"),
+        (tmp_path / "hard.jsonl", "is an input"),
+        (tmp_path, "is a folder"),
+    ):
+        assert main(["data", "report", str(source), "--output", str(output)]) == 2
+        assert word in capsys.readouterr().err and source.read_bytes() == before
+
+
+def test_advice_is_for_this_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = write(tmp_path / "a.jsonl", [{"prompt_id": 3}])
+    assert main(["data", "report", str(bad), "--output", str(tmp_path / "x.html")]) == 2
+    err = capsys.readouterr().err
+    assert "1 bad record(s):" in err and "on_bad_record" not in err
