@@ -12,7 +12,11 @@ CONFIG = PromptsConfig
 def run(config: PromptsConfig) -> int:
     """Write the prompts and print the counts."""
     console = Console()
-    for name, number in make_prompts(config).counts.items():
+    result = make_prompts(config)
+    if result.files:
+        more = f" and {len(result.files) - 5} more" if len(result.files) > 5 else ""
+        console.print(f"read: {', '.join(result.files[:5])}{more}", soft_wrap=True, markup=False)
+    for name, number in result.counts.items():
         console.print(f"{name}: {number:,}")
     console.print(f"{config.output}: written", soft_wrap=True)
     return 0

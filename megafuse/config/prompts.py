@@ -13,12 +13,12 @@ class PromptsConfig(Config):
     recipe: str
     """Name of the set: `megafuse prompts list` shows them."""
     output: Path
-    """Prompts (.jsonl). Beside it: OUTPUT.manifest.json with the counts of every step."""
+    """Prompts (.jsonl, or .jsonl.gz). Beside it: OUTPUT.manifest.json with the counts of every step."""
     data: Path | None = None
-    """Folder: what `datasets.save_to_disk` wrote, or .jsonl, .json, .parquet or .csv files. None: from the hub, or the
-    cache of `datasets` where there is no network (HF_HUB_OFFLINE=1)."""
-    split: str = "train"
-    """Split of the set."""
+    """Folder: what `datasets.save_to_disk` wrote, or .jsonl, .json, .parquet or .csv files; or one such file. None: from
+    the hub, or the cache of `datasets` where there is no network (HF_HUB_OFFLINE=1)."""
+    split: str | None = None
+    """Split of the set; of files, by their names or their folders'. None: train, or files that name no split."""
     given: Path | None = None
     """Where to write the responses that the set itself has (OpenMathInstruct-2: of Llama-3.1-405B)."""
     given_per_prompt: int = Field(8, ge=1)

@@ -6,18 +6,21 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megafuse.config.prompts import PromptsConfig
-from megafuse.data.chunks import Record, read_raw
+from megafuse.data.chunks import Record, output_file, read_raw
 from megafuse.data.prompt_recipes import RECIPES, Language, PromptRecipe, Row
+from megafuse.data.reader import check_output
 from megafuse.errors import ConfigError, DataError
-from megafuse.observe.manifest import atomic_file, utc_now, versions, write_json_atomic
+from megafuse.observe.manifest import utc_now, versions, write_json_atomic
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_SPLITS = "train|training|validation|valid|val|dev|test|testing|eval|evaluation"
+_SAME = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation", "testing": "test"}
 
 
 @dataclass(frozen=True)
@@ -25,21 +28,23 @@ class PromptsResult:
     """The counts, in the order of the steps; each but the first and last is a number of rows that went."""
 
     counts: dict[str, int]
+    files: list[str]  # what was read; empty where `datasets` took the set from the hub or a saved one
 
 
 def make_prompts(config: PromptsConfig) -> PromptsResult:
     """Write the prompts of a set.
 
     Raises:
-        ConfigError: no such recipe, or nothing that can be read at `data`.
+        ConfigError: no such recipe, nothing that can be read at `data`, no such split, or an output among the inputs.
         DataError: a column is missing, or nothing is left.
     """
     recipe = recipe_of(config.recipe)
     counts: Counter[str] = Counter(rows=0)
     found: dict[str, Record] = {}
     given: dict[str, list[str]] = {}
+    data, files = _load(config, recipe)
     excluded = {key for path in config.exclude for key in map(_key, _texts(path))}
-    for row in _rows(config, recipe):
+    for row in data:
         counts["rows"] += 1
         reason, text = _refused(config, recipe, row)
         key = _key(text) if not reason else ""
@@ -76,12 +81,12 @@ def make_prompts(config: PromptsConfig) -> PromptsResult:
     facts = {
         "recipe": config.recipe,
         "hub": recipe.hub,
+        "files": files,
         "counts": dict(counts),
         "config": config.model_dump(mode="json"),
     }
-    manifest = config.output.with_name(f"{config.output.name}.manifest.json")
-    write_json_atomic(manifest, {**facts, "created": utc_now(), "versions": versions()})
-    return PromptsResult(dict(counts))
+    write_json_atomic(_manifest(config), {**facts, "created": utc_now(), "versions": versions()})
+    return PromptsResult(dict(counts), files)
 
 
 def recipe_of(name: str) -> PromptRecipe:
@@ -93,18 +98,37 @@ def recipe_of(name: str) -> PromptRecipe:
     return RECIPES[name]
 
 
-def _rows(config: PromptsConfig, recipe: PromptRecipe) -> Iterator[Row]:
+def _load(config: PromptsConfig, recipe: PromptRecipe) -> tuple[Iterable[Row], list[str]]:
+    """The rows of the set, and the files they are in."""
     import datasets
 
     data: Any
+    files: list[Path] = []
+    outputs = {"output": config.output, "manifest": _manifest(config)} | (
+        {"given": config.given} if config.given else {}
+    )
+    for field, output in outputs.items():
+        check_output(output, config.exclude, field=field)
+    if config.given is not None and config.given.resolve() in (config.output.resolve(), _manifest(config).resolve()):
+        raise ConfigError(f"given = {config.given} is another output of this command: choose another name")
+    saved = ("dataset_info.json", "dataset_dict.json")
     try:
         if config.data is None:
-            data = datasets.load_dataset(recipe.hub, split=config.split)
-        elif any((config.data / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+            data = datasets.load_dataset(recipe.hub, split=config.split or "train")
+        elif any((config.data / name).exists() for name in saved):
+            for field, output in outputs.items():
+                check_output(output, (p for p in config.data.rglob("*") if p.is_file()), field=field)
             data = datasets.load_from_disk(str(config.data))
-            data = data[config.split] if isinstance(data, datasets.DatasetDict) else data
+            if isinstance(data, datasets.DatasetDict):
+                data = data[config.split or "train"]
+            elif config.split is not None and str(data.split) != config.split:
+                raise ConfigError(f"split: {config.data} holds one set, of split {data.split}: not {config.split!r}")
         else:
-            data = _files(config.data)
+            files = _files(config.data, config.split, outputs)
+            kind = _FORMATS[files[0].suffix]
+            reader = {"json": datasets.Dataset.from_json, "csv": datasets.Dataset.from_csv}
+            # without a cache of their own
+            data = reader.get(kind, datasets.Dataset.from_parquet)([str(p) for p in files], keep_in_memory=True)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetGenerationError) as e:
         raise ConfigError(f"data: {config.data or recipe.hub} cannot be read: {type(e).__name__}: {e}") from e
     missing = [name for name in recipe.columns if name not in data.column_names]
@@ -113,18 +137,58 @@ def _rows(config: PromptsConfig, recipe: PromptRecipe) -> Iterator[Row]:
             f"{config.data or recipe.hub} is not {recipe.hub}: it has no column {', '.join(missing)}, but "
             f"{', '.join(data.column_names)}"
         )
-    yield from data
+    return data, [str(path) for path in files]
 
 
-def _files(folder: Path) -> Any:
-    """All files of one format in a folder, read without a cache of their own."""
-    import datasets
+def _files(data: Path, split: str | None, outputs: Mapping[str, Path]) -> list[Path]:
+    """The files to read, of one format and one split; no output may be, or become, one of them."""
+    if not data.exists():
+        raise ConfigError(f"data: {data} does not exist")
+    folder = data.parent if data.is_file() else data
+    there = [data] if data.is_file() else sorted(p for p in data.rglob("*") if p.is_file())
+    files = _selected(folder, there, split)
+    for field, output in outputs.items():
+        check_output(output, files, field=field)
+        if data.is_dir() and output.resolve().is_relative_to(data.resolve()):
+            inside = data / output.resolve().relative_to(data.resolve())
+            if inside in _selected(folder, [*files, inside], split):
+                raise ConfigError(f"{field} = {output} would be read as a part of {data} the next time: choose another")
+    return files
 
-    for suffix, kind in _FORMATS.items():
-        if paths := sorted(folder.rglob(f"*{suffix}")):
-            reader = {"json": datasets.Dataset.from_json, "csv": datasets.Dataset.from_csv}
-            return reader.get(kind, datasets.Dataset.from_parquet)([str(p) for p in paths], keep_in_memory=True)
-    raise ConfigError(f"data: {folder} holds no {', '.join(_FORMATS)} file and no saved data set")
+
+def _selected(folder: Path, there: Sequence[Path], split: str | None) -> list[Path]:
+    for suffix in _FORMATS:
+        if paths := [p for p in there if p.suffix == suffix]:
+            break
+    else:
+        raise ConfigError(f"data: {folder} holds no {', '.join(_FORMATS)} file and no saved data set")
+    names = {path: split_of(path.relative_to(folder)) for path in paths}
+    wanted = _SAME.get(split or "train", split or "train")
+    for exact in (True, False):
+        part = re.compile(re.escape(wanted) + ("$" if exact else "[-_.]"))
+        if found := [path for path, name in names.items() if part.match(name)]:
+            return found
+    unnamed = [path for path, name in names.items() if not name]
+    if split is None and (unnamed or len(paths) == 1):
+        return unnamed or paths
+    known = ", ".join(sorted({name for name in names.values() if name}))
+    hint = f"they name {known}" if known else "they name none; leave `split` out to read them all"
+    raise ConfigError(f"split: no file in {folder} is named for the split {wanted!r}: {hint}")
+
+
+def split_of(path: Path) -> str:
+    """The split that a file's name (`train-00000-of-00002.parquet`, `gsm8k_test.jsonl`) or folder tells, or ""."""
+    shard = r"([-_.]\d+)?([-_.]of[-_.]\d+)?(-[0-9a-f]{16})?$"
+    for name in (re.sub(shard, "", path.stem), *reversed(path.parent.parts)):
+        if re.fullmatch(rf"({_SPLITS})([-_.].+)?", name):
+            return _SAME.get(name, name)
+        if last := re.fullmatch(rf".+[-_.]({_SPLITS})", name):
+            return _SAME.get(last[1], last[1])
+    return ""
+
+
+def _manifest(config: PromptsConfig) -> Path:
+    return config.output.with_name(f"{config.output.name}.manifest.json")
 
 
 def _refused(config: PromptsConfig, recipe: PromptRecipe, row: Row) -> tuple[str, str]:
@@ -191,7 +255,7 @@ def _add_given(config: PromptsConfig, recipe: PromptRecipe, row: Row, into: list
 
 
 def _write(path: Path, records: Iterable[Record]) -> None:
-    with atomic_file(path) as file:
+    with output_file(path) as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
 

@@ -1,5 +1,6 @@
 """`prompts`: every recipe on small folders in its set's real schema, filters, duplicates, counts that add up."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,73 @@ def test_bad_input(tmp_path: Path) -> None:
     (tmp_path / "broken" / "a.jsonl").write_text('{"prompt": "x"}\n{"pro')
     with pytest.raises(ConfigError, match="cannot be read"):
         run(tmp_path, "helpsteer2", tmp_path / "broken")
+
+
+def folder_of(folder: Path, *names: str) -> Path:
+    """Files with one prompt each, which tells the file's name."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        row = {**SETS["helpsteer2"][0][0], "prompt": f"Describe the file {name} to me."}
+        path.write_text(json.dumps(row) + "\n")
+    return folder
+
+
+def read(tmp_path: Path, data: Path, **more: Any) -> set[str]:
+    found, _ = run(tmp_path, "helpsteer2", data, **more)
+    names = {record["prompt"].split()[3] for record in found}
+    files = json.loads((tmp_path / "prompts.jsonl.manifest.json").read_text())["files"]
+    assert all(any(file.endswith(name) for file in files) for name in names) and len(files) == len(names)
+    return names
+
+
+def test_splits_of_files(tmp_path: Path) -> None:
+    two = folder_of(tmp_path / "two", "train.jsonl", "validation.jsonl", "train_1M-00000-of-00002.jsonl")
+    assert read(tmp_path, two) == {"train.jsonl"} == read(tmp_path, two, split="train")
+    assert read(tmp_path, two, split="validation") == {"validation.jsonl"} == read(tmp_path, two, split="dev")
+    assert read(tmp_path, two, split="train_1M") == {"train_1M-00000-of-00002.jsonl"}
+    with pytest.raises(ConfigError, match=r"split 'test': they name train, train_1M, validation"):
+        read(tmp_path, two, split="test")
+    shards = folder_of(tmp_path / "shards", "train/0000.jsonl", "train/0001.jsonl", "test/0000.jsonl", "x_test.jsonl")
+    assert read(tmp_path, shards) == {"train/0000.jsonl", "train/0001.jsonl"}
+    assert read(tmp_path, shards, split="test") == {"test/0000.jsonl", "x_test.jsonl"}
+    plain = folder_of(tmp_path / "plain", "a.jsonl", "b.jsonl")
+    assert read(tmp_path, plain) == {"a.jsonl", "b.jsonl"}
+    with pytest.raises(ConfigError, match="they name none"):
+        read(tmp_path, plain, split="train")
+    with pytest.raises(ConfigError, match="split 'train': they name test, validation"):
+        read(tmp_path, folder_of(tmp_path / "none", "test.jsonl", "valid.jsonl"))
+    with pytest.raises(ConfigError, match="one set, of split None: not 'test'"):
+        run(tmp_path, "helpsteer2", saved(tmp_path, "helpsteer2"), split="test")
+
+
+def test_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    two = folder_of(tmp_path / "two", "a.jsonl", "validation.jsonl")
+    assert read(tmp_path, two / "a.jsonl") == {"a.jsonl"}
+    assert read(tmp_path, two / "validation.jsonl") == {"validation.jsonl"}
+    with pytest.raises(ConfigError, match="does not exist"):
+        read(tmp_path, two / "c.jsonl")
+    flags = ["prompts", "--recipe", "helpsteer2", "--data", str(two), "--output", str(tmp_path / "o.jsonl.gz")]
+    assert main(flags) == 0 and f"read: {two / 'a.jsonl'}" in capsys.readouterr().out
+    packed = (tmp_path / "o.jsonl.gz").read_bytes()
+    assert json.loads(gzip.decompress(packed))["prompt"] == "Describe the file a.jsonl to me."
+    assert packed[3:8] == bytes(5), "no name, no time"
+
+
+def test_an_output_is_no_input(tmp_path: Path) -> None:
+    two = folder_of(tmp_path / "two", "train.jsonl", "validation.jsonl")
+    before = (two / "train.jsonl").read_bytes()
+    for name, word in (
+        ("train.jsonl", "is an input"), ("sub/train-2.jsonl", "would be read"), (".", "is a folder")
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=word):
+            make_prompts(validate(PromptsConfig, {"recipe": "helpsteer2", "data": two, "output": two / name}))
+        with pytest.raises(ConfigError, match=rf"given.*{word}"):
+            run(tmp_path, "helpsteer2", two, given=two / name)
+    assert (two / "train.jsonl").read_bytes() == before
+    make_prompts(validate(PromptsConfig, {"recipe": "helpsteer2", "data": two, "output": two / "mine.jsonl"}))
+    with pytest.raises(ConfigError, match=r"given = .* is another output"):
+        run(tmp_path, "helpsteer2", two, given=tmp_path / "prompts.jsonl")
 
 
 def test_what_there_is_can_be_listed(capsys: pytest.CaptureFixture[str]) -> None:
