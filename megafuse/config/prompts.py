@@ -15,8 +15,8 @@ class PromptsConfig(Config):
     output: Path
     """Prompts (.jsonl, or .jsonl.gz). Beside it: OUTPUT.manifest.json with the counts of every step."""
     data: Path | None = None
-    """Folder: what `datasets.save_to_disk` wrote, or .jsonl, .json, .parquet or .csv files; or one such file. None: from
-    the hub, or the cache of `datasets` where there is no network (HF_HUB_OFFLINE=1)."""
+    """Folder: what `datasets.save_to_disk` wrote, or .jsonl, .json, .parquet or .csv files; or one such file. None:
+    from the hub, or the cache of `datasets` where there is no network (HF_HUB_OFFLINE=1)."""
     split: str | None = None
     """Split of the set; of files, by their names or their folders'. None: train, or files that name no split."""
     given: Path | None = None
