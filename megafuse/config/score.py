@@ -14,7 +14,7 @@ class ScoreConfig(Config):
     inputs: tuple[Path, ...] = Field(min_length=1)
     """Responses: .jsonl files or gzips of them, one a source or with several sources; joined by prompt_id."""
     output: Path
-    """Scored responses (.jsonl, or .jsonl.gz). Beside it: OUTPUT.chunks/ while it is made, OUTPUT.manifest.json."""
+    """Scored responses (.jsonl, or .jsonl.gz). Beside it: OUTPUT.chunks/ (it stays), OUTPUT.manifest.json."""
     prompts: Path | None = None
     """The prompts that were sampled from: a response to any other prompt is refused."""
 

@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megafuse.data.chunks import Record
 from megafuse.errors import ConfigError
 from megafuse.rewards.verify import Update
 from megafuse.sampling.client import ChatClient
+from megafuse.sampling.threads import in_threads
 
 TEMPLATE = """\
 Rate the response of an assistant to the conversation below, for helpfulness, relevance, accuracy, depth and level of
@@ -41,8 +41,7 @@ class Judge:
     def __call__(self, records: Sequence[Record]) -> list[list[Update]]:
         """`reward`, the rating, of each response; null and `unscored` where the judge names none."""
         tasks = [(record, response["text"]) for record in records for response in record["responses"]]
-        with ThreadPoolExecutor(self.workers) as pool:
-            found = iter(list(pool.map(lambda task: self._ask(*task), tasks)))
+        found = iter(in_threads(lambda task: self._ask(*task), tasks, self.workers))
         return [[next(found) for _ in record["responses"]] for record in records]
 
     def _ask(self, record: Record, text: str) -> Update:

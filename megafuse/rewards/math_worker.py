@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import resource
+import signal
 import sys
 from typing import Any
 
@@ -58,7 +59,8 @@ def _candidates(answer: str) -> list[str]:
 
 
 def main() -> None:
-    """Serve until standard input ends."""
+    """Serve until standard input ends, or the starter kills this process; Ctrl-C is the starter's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.disable(logging.WARNING)  # math-verify warns at each call that it has no timeout of its own
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     for line in sys.stdin:

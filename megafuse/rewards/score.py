@@ -12,6 +12,7 @@ from typing import Any
 
 from megafuse.config.score import ScoreConfig
 from megafuse.data.chunks import ChunkedStage, Record, input_digests
+from megafuse.errors import ConfigError
 from megafuse.observe.manifest import atomic_file
 from megafuse.rewards.join import join
 from megafuse.rewards.sandbox import Limits
@@ -125,7 +126,13 @@ def _reward_model(config: ScoreConfig) -> Scorer:
     name = config.device
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:  # AssertionError: this torch is built without CUDA
+        there = ", ".join(["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))])
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise ConfigError(f"device = {name!r} cannot be used ({reason}); there is {there}") from None
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     return RewardModel(
         config.reward,

@@ -73,8 +73,14 @@ class Worker:
                 data += block
         return data
 
+    def kill(self) -> None:
+        """Kill the process, from any thread: an `ask` that waits for it ends with None."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
     def close(self) -> None:
-        """Kill the process."""
+        """Kill the process and wait for its end."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -109,7 +115,12 @@ class WorkerPool:
                 self._free.put(worker)
 
         with ThreadPoolExecutor(len(self._workers)) as pool:
-            return list(pool.map(one, requests))
+            try:
+                return list(pool.map(one, requests))
+            except BaseException:  # Ctrl-C, above all: the threads, which the pool waits for, wait for these
+                for worker in self._workers:
+                    worker.kill()
+                raise
 
     def __enter__(self) -> "WorkerPool":
         return self

@@ -4,7 +4,6 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +12,7 @@ from megafuse.data.chat import load_tokenizer
 from megafuse.errors import ConfigError, DataError
 from megafuse.sampling.client import ChatClient, ServerError
 from megafuse.sampling.registry import SamplingParameters
+from megafuse.sampling.threads import in_threads
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -158,8 +158,7 @@ class ServerEngine:
 
     def generate(self, requests: Sequence[Request]) -> list[Generated]:
         """One call a request, `concurrency` at a time. Raises ServerError."""
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(self._one, requests))
+        return in_threads(self._one, requests, self.concurrency)
 
     def _one(self, request: Request) -> Generated:
         body: dict[str, Any] = {

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from megafuse.sampling.client import ServerError
 from megafuse.sampling.engines import Generated, Request, prompt_tokens
 from megafuse.sampling.registry import REGISTRY
 from megafuse.sampling.sample import parameters_of, sample, seed_of
+from megafuse.sampling.threads import in_threads
 from megafuse.testing.server import ChatServer
 from megafuse.testing.tokenizer import CHATML, make_tokenizer
 
@@ -168,6 +170,58 @@ def test_a_server_over_http_and_kill_9(tmp_path: Path) -> None:
         "text": f"question 0: {seed}, 0.7, 1.05",
         "finish_reason": "length",
     }
+
+
+def test_ctrl_c_does_not_wait_for_a_server(tmp_path: Path) -> None:
+    prompts, out = write(tmp_path / "p.jsonl", 4), tmp_path / "out.jsonl"
+    asked, free = threading.Event(), threading.Event()
+
+    def stuck(body: dict[str, Any]) -> str:
+        if "question 2" in body["messages"][0]["content"]:
+            asked.set()
+            free.wait(120)
+        return "fine"
+
+    with ChatServer(stuck) as server:
+        flags = ["--prompts", str(prompts), "--source", "me", "--engine", "server", "--n", "1", "--chunk", "2"]
+        command = [sys.executable, "-m", "megafuse", "sample", *flags, "--base_url", server.url, "--output", str(out)]
+        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        assert asked.wait(120)
+        process.send_signal(signal.SIGINT)
+        try:
+            assert "Traceback" not in process.communicate(timeout=30)[1] and process.returncode == 130
+        finally:
+            process.kill()
+            free.set()
+        assert [p.name for p in (tmp_path / "out.jsonl.chunks").glob("?????.jsonl")] == ["00000.jsonl"]
+        assert sample(config(prompts, out, n=1, base_url=server.url)).made == 1
+
+
+def test_calls_in_threads() -> None:
+    now, most, lock = 0, 0, threading.Lock()
+
+    def square(x: int) -> int:
+        nonlocal now, most
+        with lock:
+            now, most = now + 1, max(most, now + 1)
+        time.sleep(random.random() / 100)
+        with lock:
+            now -= 1
+        return x * x
+
+    assert in_threads(square, range(50), 4) == [x * x for x in range(50)] and most == 4
+    assert in_threads(square, [], 4) == []
+    begun: list[int] = []
+
+    def fail(x: int) -> None:
+        begun.append(x)
+        if x == 3:
+            raise ValueError(x)
+
+    with pytest.raises(ValueError, match="3"):
+        in_threads(fail, range(1000), 1)
+    assert begun == [0, 1, 2, 3], "nothing is begun after a failure"
 
 
 def test_a_server_that_refuses(tmp_path: Path) -> None:

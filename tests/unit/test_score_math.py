@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -95,6 +98,36 @@ def test_a_worker_that_hangs_is_killed_and_replaced(tmp_path: Path, monkeypatch:
     assert first and second and third and len({first["pid"], second["pid"], third["pid"]}) == 3
     for answer in (first, second, third):
         assert not Path(f"/proc/{answer['pid']}").exists()
+
+
+def test_ctrl_c_is_answered_by_the_starter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker survives the signal, which a terminal sends to all; the pool that is interrupted kills it."""
+    pytest.importorskip("math_verify", reason="the extra `math` is not installed")
+    worker = Worker(MODULE)
+    assert worker.ask(WARM_UP, 60.0) and worker._process is not None
+    worker._process.send_signal(signal.SIGINT)
+    assert worker.ask(WARM_UP, 60.0) and worker._process.poll() is None
+    worker.close()
+    (tmp_path / "stuck_worker.py").write_text(
+        "import json, os, sys, time\n"
+        "for line in sys.stdin:\n"
+        "    request = json.loads(line)\n"
+        "    if 'pid' in request: open(request['pid'], 'w').write(str(os.getpid())); time.sleep(600)\n"
+        "    print('{}', flush=True)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def interrupt() -> None:
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), WorkerPool("stuck_worker", 1, 60.0) as pool:
+        pool.map([{"pid": str(tmp_path / "pid")}, {}])
+    assert time.monotonic() - started < 30
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
 
 
 def test_garbage_has_no_verdict_and_harms_nobody() -> None:

@@ -260,3 +260,11 @@ def test_settings_are_checked(tmp_path: Path) -> None:
     for more, word in (({"reward": "armorm"}, "model = FOLDER"), ({"job": 2, "jobs": 2}, "below jobs")):
         with pytest.raises(ConfigError, match=word):
             config([tmp_path / "a"], tmp_path / "b", **more)
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "foo", "cuda:x"])
+def test_a_device_that_is_not_there(tmp_path: Path, device: str) -> None:
+    source = write(tmp_path / "a.jsonl", rows(1))
+    more = {"reward": "classifier", "model": tmp_path, "verify": "none", "device": device}
+    with pytest.raises(ConfigError, match=rf"device = '{device}' cannot be used \(.+\); there is cpu"):
+        score(config([source], tmp_path / "out.jsonl", **more))
