@@ -57,15 +57,17 @@ def export_hf(
     block_mb: MiB copied at a time by each of `jobs` threads; the files do not depend on either.
     show: told of (bytes done, bytes of all) now and then.
     Raises IntegrityError where a file has another size than its manifest says, or the weights another digest;
-    UnsupportedModelError for weights that would be lost; ConfigError where `out` exists and `overwrite` is False, or
-    has no room.
+    UnsupportedModelError for weights that would be lost; ConfigError where `out` exists and `overwrite` is False;
+    StorageError where the disk is too small.
     """
     began, ckpt = time.monotonic(), Path(ckpt)
     like = Path(like) if like else None
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if max_shard_gb is not None and not max_shard_gb > 0:
-        raise ConfigError(f"max_shard_gb = {max_shard_gb} must be above 0")
+    if max_shard_gb is not None and not 0 < max_shard_gb <= 1e6:
+        raise ConfigError(f"max_shard_gb = {max_shard_gb} must be above 0, and 1e6 at most")
+    if like and not like.is_dir():
+        raise ConfigError(f"like: {like} is not a folder; fix: give a Hugging Face model folder")
     check_jobs(jobs, block_mb)
     if not is_checkpoint(ckpt):
         raise ConfigError(f"{ckpt} is no checkpoint folder (it has no .metadata)")

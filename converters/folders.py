@@ -15,9 +15,9 @@ from typing import Any
 from megafuse.converters.dcp_reader import DcpFolder, HfView
 from megafuse.converters.hf_config import read_hf_config
 from megafuse.converters.plan import Plan
-from megafuse.converters.safetensors_io import SafetensorsFolder
+from megafuse.converters.safetensors_io import SafetensorsFolder, has_weights
 from megafuse.converters.views import TensorView
-from megafuse.errors import ConfigError, IntegrityError
+from megafuse.errors import ConfigError, IntegrityError, StorageError
 from megafuse.observe.manifest import sync_path
 
 FORMAT = "megafuse-checkpoint/1"
@@ -48,7 +48,8 @@ def open_weights(
     if is_checkpoint(folder):
         if not config and not (folder / "hf" / "config.json").is_file():
             raise ConfigError(
-                f"{folder} has no hf/config.json: megafuse did not write it; fix: give `like`, an HF folder"
+                f"{folder} has no hf/config.json: megafuse did not write it; fix: copy what is no weights from the "
+                "Hugging Face folder into hf/, or export with `--like HF_FOLDER`"
             )
         plan = Plan(read_hf_config(config or folder / "hf"))
         with DcpFolder(folder, master=source == "fp32-master") as weights:
@@ -89,20 +90,18 @@ def new_folder(out: str | Path, *, overwrite: bool, inputs: tuple[Path, ...]) ->
     """A temporary folder beside `out` that takes its name when the block ends well, everything on disk; else no trace.
 
     What a killed run left beside `out` is removed by the next one.
-    overwrite: replace an earlier model folder (never anything else). Raises ConfigError where `out` exists, or is,
-    holds or lies inside one of `inputs`.
+    overwrite: replace an earlier model folder (never anything else).
+    Raises ConfigError as `check_output` does and where `out` cannot be made, StorageError where the disk runs full.
     """
     out = Path(os.path.abspath(out))
-    for given in inputs:
-        one, other = given.resolve(), out.resolve()
-        if one == other or one in other.parents or other in one.parents:
-            raise ConfigError(f"output {out} overlaps the input {given}; choose another folder")
-    if out.exists() or out.is_symlink():
-        _may_replace(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for left in _beside(out, "tmp"):
-        _remove_dead(left)
-    work, lock = _work_folder(out)
+    check_output(out, overwrite=overwrite, inputs=inputs)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for left in _beside(out, "tmp"):
+            _remove_dead(left)
+        work, lock = _work_folder(out)
+    except OSError as error:
+        raise ConfigError(f"output {out} cannot be made: {error.strerror}; choose another folder") from error
     try:
         yield work
         for path in [*work.rglob("*"), work]:
@@ -117,10 +116,25 @@ def new_folder(out: str | Path, *, overwrite: bool, inputs: tuple[Path, ...]) ->
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ConfigError(f"{out}: the disk is full, nothing was left behind; free some of it") from error
+            raise StorageError(f"{out}: the disk is full, nothing was left behind; free some of it") from error
         raise
     finally:
         os.close(lock)
+
+
+def check_output(out: str | Path, *, overwrite: bool, inputs: tuple[Path, ...]) -> None:
+    """Raises ConfigError where `out` exists (and may not be replaced), or is, holds or lies inside one of `inputs`."""
+    out = Path(os.path.abspath(out))
+    for given in inputs:
+        one, other = given.resolve(), out.resolve()
+        if one == other or one in other.parents or other in one.parents:
+            raise ConfigError(f"output {out} overlaps the input {given}; choose another folder")
+    if out.exists() or out.is_symlink():
+        _may_replace(out, overwrite)
+    parent = next(parent for parent in out.parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        what = "is read-only" if parent.is_dir() else "is a file"
+        raise ConfigError(f"output {out} cannot be made: {parent} {what}; choose another folder")
 
 
 def _beside(out: Path, kind: str) -> list[Path]:
@@ -166,10 +180,10 @@ def _remove_dead(work: Path) -> None:
 
 
 def check_room(out: str | Path, needed: int) -> None:
-    """Raises ConfigError where the disk of the future folder `out` has fewer bytes free than `needed`."""
+    """Raises StorageError where the disk of the future folder `out` has fewer bytes free than `needed`."""
     free = free_bytes(Path(out))
     if needed > free:
-        raise ConfigError(f"{out} needs {needed:,} bytes, {free:,} are free; choose another disk")
+        raise StorageError(f"{out} needs {needed:,} bytes, {free:,} are free; choose another disk")
 
 
 def free_bytes(out: Path) -> int:
@@ -184,5 +198,20 @@ def _may_replace(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ConfigError(f"output {out} exists; choose another folder, or allow overwriting")
-    if not is_checkpoint(out) and not (out / "config.json").is_file():
+    if not is_checkpoint(out) and not _is_model(out):
         raise ConfigError(f"output {out} exists and is no model folder; it is not overwritten; choose another folder")
+    folders = sorted(p.name for p in out.iterdir() if p.is_dir() and p.name != "hf")
+    if folders:
+        raise ConfigError(
+            f"output {out} exists, and no conversion has made the folder {folders[0]} in it; it is not overwritten; "
+            "choose another folder"
+        )
+
+
+def _is_model(folder: Path) -> bool:
+    """Weights, and a config.json that names an architecture: many other programs have a config.json."""
+    try:
+        named = bool(json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return named and has_weights(folder)

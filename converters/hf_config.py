@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from megafuse.converters.config_values import flag, positive_float, positive_int, refuse, same
 from megafuse.converters.family import Family
 from megafuse.converters.maps import FAMILIES
+from megafuse.converters.safetensors_io import unique_keys
 from megafuse.errors import ConfigError, UnsupportedModelError
 from megafuse.model.arch import ModelArch, RopeScaling
 
@@ -112,11 +113,13 @@ def read_hf_config(folder: str | Path) -> ModelArch:
     """
     path = Path(folder) / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except FileNotFoundError:
         raise ConfigError(
             f"{path} does not exist; fix: give a Hugging Face model folder or a converted checkpoint"
         ) from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):

@@ -12,6 +12,7 @@ from megafuse.converters.digest import WeightsHasher
 from megafuse.converters.folders import (
     FORMAT,
     MANIFEST,
+    check_output,
     check_room,
     free_bytes,
     is_checkpoint,
@@ -72,10 +73,18 @@ class DryRun:
         return sum(self.files.values()) <= self.free_bytes
 
 
-def dry_run(hf_dir: str | Path, out: str | Path, *, block_mb: int = DEFAULT_BLOCK >> 20, jobs: int = 1) -> DryRun:
+def dry_run(
+    hf_dir: str | Path,
+    out: str | Path,
+    *,
+    block_mb: int = DEFAULT_BLOCK >> 20,
+    jobs: int = 1,
+    overwrite: bool = False,
+) -> DryRun:
     """What `import_hf` would write and need; reads headers, writes nothing. Raises as it does, but for the weights."""
     check_jobs(jobs, block_mb)
     hf_dir, out = Path(hf_dir), Path(out).absolute()
+    check_output(out, overwrite=overwrite, inputs=(hf_dir,))
     if is_checkpoint(hf_dir):
         raise ConfigError(f"{hf_dir} is a checkpoint, not a Hugging Face folder; fix: use export")
     with open_weights(hf_dir) as (plan, shards):
@@ -116,10 +125,11 @@ def import_hf(
     block_mb: MiB copied at a time by each of `jobs` threads; they bound the memory. Equal inputs give equal `.distcp`
     files, whatever the two are. show: told of (bytes done, bytes of all) now and then.
     Raises UnsupportedModelError for a configuration or tensor that no rule covers, IntegrityError for damaged weights
-    or a tied output layer that differs from the embedding, ConfigError where `out` exists and `overwrite` is False.
+    or a tied output layer that differs from the embedding, ConfigError where `out` exists and `overwrite` is False,
+    StorageError where the disk is too small.
     """
     began, hf_dir = time.monotonic(), Path(hf_dir)
-    planned = dry_run(hf_dir, out, block_mb=block_mb, jobs=jobs)
+    planned = dry_run(hf_dir, out, block_mb=block_mb, jobs=jobs, overwrite=overwrite)
     check_room(out, sum(planned.files.values()))
     with open_weights(hf_dir) as (plan, shards), new_folder(out, overwrite=overwrite, inputs=(hf_dir,)) as work:
         assert isinstance(shards, SafetensorsFolder)

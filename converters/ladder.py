@@ -66,9 +66,6 @@ def verify_ladder(
         raise ConfigError(f"upto = {upto!r} is not one of {', '.join(RUNGS)}")
     found: list[Finding] = []
     for finding in _climb(ckpt, hf_dir, layouts, RUNGS[: RUNGS.index(upto) + 1], tokens, seed, tolerance, block_mb):
-        failed = [f.rung for f in found if not f.ok]
-        if failed and finding.rung != failed[0]:
-            break
         found.append(finding)
         if show:
             show(finding)
@@ -96,32 +93,44 @@ def _climb(
     tolerance: float,
     block_mb: int,
 ) -> Iterator[Finding]:
-    yield _guarded("plan", partial(same_plan, ckpt, hf_dir))
-    if "bits" not in rungs:
-        return
-    yield _guarded("bits", partial(_same_bits, ckpt, hf_dir, block_mb))
+    for rung, check in (
+        ("plan", partial(same_plan, ckpt, hf_dir)),
+        ("bits", partial(_same_bits, ckpt, hf_dir, block_mb)),
+    ):
+        if rung not in rungs:
+            return
+        finding = _guarded(rung, check)
+        yield finding
+        if not finding.ok:
+            return
     if "load" not in rungs:
         return
     arch = read_arch(ckpt)
     worlds = _by_world(arch, layouts or default_layouts(arch))
     with tempfile.TemporaryDirectory() as folder:
-        work, ids, theirs = Path(folder), None, None
+        ids, theirs = None, None
         if "logits" in rungs:
             ids, theirs = random_tokens(arch, tokens or default_tokens(arch), seed), Path(folder) / "logits.pt"
             torch.save(huggingface_logits(hf_dir, ids), theirs)
-        saved = work / "saved" if "save" in rungs else None
+        saved = Path(folder) / "saved" if "save" in rungs else None
         facts: list[LayoutFacts] = []
+        loaded: list[Finding] = []
         for world, names in worlds.items():
             try:
-                facts += _at_world(world, (ckpt, hf_dir, names, None if ids is None else ids.tolist(), theirs, saved))
+                found = _at_world(world, (ckpt, hf_dir, names, None if ids is None else ids.tolist(), theirs, saved))
             except MegafuseError as error:
                 yield Finding("load", ", ".join(names), False, str(error))
-        for fact in facts:
-            yield _loaded(fact)
-        for fact in facts if saved else []:
-            yield _guarded("save", partial(_resaved, work / "saved" / fact.layout, ckpt), fact.layout)
-        for fact in facts if theirs else []:
-            yield _computed(fact, tolerance)
+                return
+            facts += found
+            loaded += [_loaded(fact) for fact in found]
+            yield from loaded[-len(found) :]
+        if not all(finding.ok for finding in loaded):
+            return
+        again = [(fact.layout, partial(_resaved, saved / fact.layout, ckpt)) for fact in facts if saved]
+        resaved = [_guarded("save", check, name) for name, check in again]
+        yield from resaved
+        if all(finding.ok for finding in resaved):
+            yield from (_computed(fact, tolerance) for fact in facts if theirs)
 
 
 def _guarded(rung: str, check: Callable[[], str], layout: str = "") -> Finding:
@@ -196,6 +205,10 @@ def _at_world(world: int, args: tuple[object, ...]) -> list[LayoutFacts]:
         ranks = run_distributed(climb, world, *args, timeout=3600.0)
     except WorkerFailed as error:
         raise IntegrityError(str(error).strip().splitlines()[-1]) from error
+    except MegafuseError:
+        raise
+    except Exception as error:  # whatever megatron-core and torch raise for a damaged checkpoint, of one process
+        raise IntegrityError(f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[-1]}") from error
     joined = []
     for parts in zip(*ranks, strict=True):
         logits = next((part.logits for part in parts if part.logits is not None), None)

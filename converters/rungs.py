@@ -75,6 +75,8 @@ def _at_layout(
         load_model(model, topology, ckpt)
         _, wrong = differing(model, topology, hf_dir)
         report = None
+        if not topology.all_agree(not wrong and not direct):
+            return LayoutFacts(name, compared, wrong, direct, report)  # the other rungs would say nothing new
         if ids is not None and theirs is not None:
             ours = mcore_logits(model, topology, arch, parallel, torch.tensor(ids))
             if ours is not None and topology.is_reporter:

@@ -7,6 +7,7 @@ add up are refused before any byte is copied.
 import contextlib
 import json
 import os
+import stat
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class Header:
 def parse_header(text: str, where: str) -> Header:
     """Read a header's JSON. Raises IntegrityError for anything that the format forbids."""
     try:
-        fields = json.loads(text, object_pairs_hook=_unique)
+        fields = json.loads(text, object_pairs_hook=unique_keys)
         metadata = fields.pop("__metadata__", None)
         entries = [
             Entry(name, field["dtype"], tuple(field["shape"]), field["data_offsets"][0], field["data_offsets"][1])
@@ -135,7 +136,13 @@ def weight_files(folder: Path) -> list[str]:
     """
     index = folder / INDEX
     if index.is_file():
-        return sorted(set(read_index(index).values()))
+        named = sorted(set(read_index(index).values()))
+        if (folder / SINGLE).is_file() and SINGLE not in named:
+            raise ConfigError(
+                f"{folder} has {SINGLE} and an {INDEX} that does not name it: transformers would load the first, the "
+                "index says others; delete the one that is not meant"
+            )
+        return named
     found = sorted(p.name for p in folder.glob("*.safetensors"))
     if SINGLE in found:
         return [SINGLE]
@@ -152,7 +159,7 @@ def has_weights(folder: Path) -> bool:
 def read_index(path: Path) -> dict[str, str]:
     """Tensor name -> file name of a shard index, file names checked by `plain_name`."""
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)["weight_map"]
+        weight_map = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)["weight_map"]
         return {str(tensor): plain_name(file, str(path)) for tensor, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{path} is not a shard index ({error!r}); fetch it again") from None
@@ -185,7 +192,11 @@ class SafetensorsFolder:
             fd = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             raise IntegrityError(f"{path} is missing, but the shard index names it; fetch it") from None
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
         stack.callback(os.close, fd)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ConfigError(f"{path} is no file; fix: give a folder with the weights themselves")
         header = self.headers[file] = read_header(fd, str(path))
         data = len(header.encoded())
         for entry in header.entries:
@@ -236,16 +247,22 @@ def side_files(folder: Path) -> Iterator[tuple[Path, bool]]:
     """(path, kept) of everything in `folder` that is no weight of the model.
 
     Kept: configuration, tokenizer, templates, code, the shard index. Not kept: folders, and weights in other formats.
+    Raises ConfigError for a link that leads nowhere: what it should hold would be missing in silence.
     """
     weights = set(weight_files(folder)) if has_weights(folder) else set()
     for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not path.exists():
+            raise ConfigError(
+                f"{path} is a link to {os.readlink(path)}, which is not there; fetch it, or remove the link"
+            )
         if path.name not in weights:
             yield path, path.is_file() and not path.name.endswith(_OTHER_WEIGHTS)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys do not repeat: json would silently keep the last."""
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads(object_pairs_hook=)`: it would silently keep the last of equal keys. Raises ValueError."""
     made = dict(pairs)
     if len(made) != len(pairs):
-        raise ValueError("a key is repeated")
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is repeated")
     return made

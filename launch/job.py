@@ -66,9 +66,11 @@ def job_of(config: LaunchConfig) -> Job:
     """The job that `megafuse launch` was asked for.
 
     Raises:
-        ConfigError: no such recipe, or a variable that it requires is set neither here nor in the environment.
+        ConfigError: no such recipe, a misspelled variable, or one that it requires is set neither here nor in the
+            environment.
     """
     recipe = read_recipe(repository(), config.recipe)
+    recipe.refuse_misspelled(pairs(config.env))
     given = {
         "MODEL": config.model,
         "DATA": " ".join(config.data) or None,

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,8 @@ class Recipe:
     """Its #SBATCH lines: option -> value, None for a flag."""
     variables: dict[str, str]
     """Variable -> what the script's comment says of it."""
+    read: frozenset[str] = frozenset()
+    """Every variable that it or a script of the same folder reads."""
 
     @property
     def job_name(self) -> str:
@@ -32,6 +35,13 @@ class Recipe:
     def required(self) -> list[str]:
         """Variables without which the script refuses to begin."""
         return [name for name, text in self.variables.items() if "(required)" in text]
+
+    def refuse_misspelled(self, names: Iterable[str]) -> None:
+        """Raises ConfigError for a name that nothing here reads, and that looks like one that is read."""
+        for name in names:
+            close = difflib.get_close_matches(name, self.read, n=1, cutoff=0.75)
+            if name not in self.read and close:
+                raise ConfigError(f"env: no script of recipe {self.name} reads {name}; did you mean {close[0]}?")
 
 
 def repository() -> Path:
@@ -75,7 +85,9 @@ def read_recipe(root: Path, name: str) -> Recipe:
     variables = _variables(text)
     if shared.name in text and shared.is_file():
         variables = {**_variables(shared.read_text()), **variables}
-    return Recipe(path.stem, path.resolve(), options, _not_twice(variables))
+    texts = [script.read_text() for script in {path, *(root / "slurm").glob("*.sh")}]
+    read = frozenset(name for each in texts for name in re.findall(r"\$\{?([A-Z][A-Z_0-9]*)", each))
+    return Recipe(path.stem, path.resolve(), options, _not_twice(variables), read)
 
 
 def _not_twice(variables: dict[str, str]) -> dict[str, str]:

@@ -4,7 +4,7 @@
 #   PROMPTS=prompts.jsonl SOURCES='gemma-2-27b=/models/gemma-2-27b-it qwen2.5-72b=/models/Qwen2.5-72B-Instruct' \
 #     sbatch --array=0-1 slurm/sample_sources.sh
 #
-# A name of `megafuse sample --source list` brings the papers' sampling parameters. Writes RUN/NAME.jsonl.gz. Further
+# A name of `megafuse sample list` brings the papers' sampling parameters. Writes RUN/NAME.jsonl.gz. Further
 # arguments go to `megafuse sample`: ... sample_sources.sh --n 5
 # Submitted again, or requeued (before its time limit, after a crash), it goes on where it stopped. What every script
 # knows besides (RUN, MAX_RESTARTS, IMAGE ...): top of stages.sh, docs/slurm.md.

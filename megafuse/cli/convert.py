@@ -26,7 +26,7 @@ class ImportConfig(Config):
     """Hugging Face folder: config.json, safetensors, tokenizer."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Checkpoint folder to write."""
-    block_mb: Annotated[int, Field(ge=1)] = 64
+    block_mb: Annotated[int, Field(ge=1, le=1 << 16)] = 64
     """MiB copied at a time by each job; bounds the memory."""
     jobs: Annotated[int, Field(ge=1)] = 1
     """Blocks copied side by side. The files do not depend on it; memory grows by two blocks for each."""
@@ -49,9 +49,9 @@ class ExportConfig(Config):
     """What the weights are written in; `keep` is what is stored."""
     source: Literal["model", "fp32-master"] = "model"
     """`fp32-master`: the optimizer's master weights instead of the model's."""
-    max_shard_gb: Annotated[float | None, Field(gt=0)] = None
+    max_shard_gb: Annotated[float | None, Field(gt=0, le=1e6)] = None
     """Write new files of at most so many GB, with their index. None: the files of the source, or of 5 GB if unknown."""
-    block_mb: Annotated[int, Field(ge=1)] = 64
+    block_mb: Annotated[int, Field(ge=1, le=1 << 16)] = 64
     """MiB copied at a time by each job; bounds the memory."""
     jobs: Annotated[int, Field(ge=1)] = 1
     """Blocks copied side by side. The files do not depend on it; memory grows by two blocks for each."""
@@ -76,7 +76,7 @@ class VerifyConfig(Config):
     """Largest difference of logits that passes, as a share of the largest logit."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the random tokens."""
-    block_mb: Annotated[int, Field(ge=1)] = 64
+    block_mb: Annotated[int, Field(ge=1, le=1 << 16)] = 64
     """MiB compared at a time; bounds the memory."""
 
 
@@ -90,9 +90,11 @@ class InspectConfig(Config):
 def run_import(config: ImportConfig) -> int:
     """Import and print one line."""
     from megafuse.converters.importer import dry_run, import_hf
+    from megafuse.errors import StorageError
 
     if config.dry_run:
-        plan = dry_run(config.hf_dir, config.out, block_mb=config.block_mb, jobs=config.jobs)
+        settings = config.model_dump(include={"block_mb", "jobs", "overwrite"})
+        plan = dry_run(config.hf_dir, config.out, **settings)
         print(
             f"would import {plan.architecture}, {plan.parameters:,} parameters, {plan.tensors} tensors, "
             f"{plan.bytes / 1e9:.2f} GB, at most {plan.peak_rss_mib} MiB of memory"
@@ -102,7 +104,7 @@ def run_import(config: ImportConfig) -> int:
         if plan.skipped:
             print(f"not copied: {', '.join(plan.skipped)}")
         print(f"{plan.free_bytes / 1e9:.2f} GB are free there: {'it fits' if plan.fits else 'IT DOES NOT FIT'}")
-        return 0 if plan.fits else 1
+        return 0 if plan.fits else StorageError.exit_code
     settings = config.model_dump(exclude={"hf_dir", "out", "dry_run"})
     with _progress("import") as show:
         report = import_hf(config.hf_dir, config.out, **settings, show=show)

@@ -5,9 +5,11 @@ A command is a module of this folder, imported only when it is called, with `DES
 """
 
 import difflib
+import errno
 import hashlib
 import importlib
 import os
+import select
 import sys
 import tempfile
 import time
@@ -17,7 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from megafuse import __version__
-from megafuse.errors import MegafuseError
+from megafuse.errors import ConfigError, MegafuseError, StorageError
+
+PATH_ERRORS = {
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,10 +66,18 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
     """Run one command line and return its exit status: see megafuse.errors; 130 after Ctrl-C."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(args, commands)
+        status = _dispatch(args, commands)
+        sys.stdout.flush()
+        return status
     except MegafuseError as error:
         _report(str(error))
         return error.exit_code
+    except BrokenPipeError:
+        if _is_read():
+            raise
+        return 141  # `megafuse prompts list | head`: as of a process that SIGPIPE has ended
+    except OSError as error:
+        return _report_os_error(error)
     except KeyboardInterrupt:
         _report("interrupted")
         return 130
@@ -142,6 +156,32 @@ def _report(message: str) -> None:
             return
         message = f"[rank {rank}] {message}"
     Console(stderr=True).print(Text(f"error: {message}", style="red"), soft_wrap=True)
+
+
+def _is_read() -> bool:
+    """Whether somebody still reads what this process prints; if not, the interpreter shall not complain at its end."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return False
+
+
+def _report_os_error(error: OSError) -> int:
+    """A full disk, or a path that cannot be read or written, as a message; anything else is raised again.
+
+    Under several ranks a path is no reason to give up: shared file systems come and go, and a job is tried again after
+    exit status 1.
+    """
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        _report(f"{where}the disk is full ({error.strerror or error}); free some of it, or write to another one")
+        return StorageError.exit_code
+    if error.errno not in PATH_ERRORS or not error.filename or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise error
+    _report(f"{where}{error.strerror}")
+    return ConfigError.exit_code
 
 
 def _first_on_node(message: str) -> bool:

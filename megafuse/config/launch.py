@@ -74,7 +74,7 @@ class WhereConfig(Config):
 class LaunchConfig(WhereConfig):
     """One job of one recipe."""
 
-    recipe: tyro.conf.Positional[str]
+    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
     """A script of slurm/ by its name, fusepo_llama8b for slurm/fusepo_llama8b.sh, or a path."""
     model: str | None = None
     """Hugging Face folder of the target model: MODEL. None: the environment's."""

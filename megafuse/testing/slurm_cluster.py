@@ -131,6 +131,10 @@ class SlurmCluster:
         found = re.search(rf"(?:^|\s){name}=(\S*)", self._run("scontrol", "-o", "show", "job", job))
         return found[1] if found else ""
 
+    def comment(self, job: str) -> str:
+        """The comment of a job that is queued or runs, as users see it; empty where there is none."""
+        return self._run("squeue", "-h", "-j", job, "-o", "%k").removeprefix("(null)")
+
     def wait_state(self, job: str, states: str, seconds: float) -> str:
         """Wait until the job is in one of `states` (A|B); returns it."""
         self.wait(lambda: self.field(job, "JobState") in states.split("|"), seconds, f"job {job} {states}")

@@ -21,7 +21,7 @@ from megafuse.testing.te_on_cpu import Flavours, look_at_flavours
 pytestmark = [
     pytest.mark.timeout(1500),
     pytest.mark.skipif(
-        importlib.util.find_spec("transformer_engine_torch") is None,
+        importlib.util.find_spec("transformer_engine") is None,
         reason="Transformer Engine is not installed; `make te-check` builds it, without a GPU",
     ),
 ]

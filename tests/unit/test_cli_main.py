@@ -13,6 +13,7 @@ from megafuse.cli.main import COMMANDS, Command, main
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = '''
+import errno
 from megafuse.config.base import Config
 from megafuse.errors import DataError, NonFiniteError
 
@@ -31,6 +32,14 @@ def run(config):
         raise NonFiniteError("loss is nan at step 7")
     if config.how == "ctrl-c":
         raise KeyboardInterrupt
+    if config.how == "disk":
+        raise OSError(errno.ENOSPC, "No space left on device", "out.jsonl")
+    if config.how == "folder":
+        open("/")
+    if config.how == "network":
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+    if config.how == "much":
+        print("line " * 100_000)
     print("ran", config.how)
     return 5 if config.how == "five" else 0
 
@@ -58,6 +67,13 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Command]:
         (["fake", "--how", "well"], 0, "ran well\n", ""),
         (["fake", "--how", "five"], 5, "ran five\n", ""),
         (["family", "one", "--how", "well"], 0, "ran well\n", ""),
+        (
+            ["fake", "--how", "disk"],
+            4,
+            "",
+            "error: out.jsonl: the disk is full (No space left on device); free some of it, or write to another one\n",
+        ),
+        (["fake", "--how", "folder"], 2, "", "error: /: Is a directory\n"),
         (["fake", "--how", "data"], 2, "", "error: prompts.jsonl:3: no field 'prompt'\n"),
         (["fake", "--how", "nan"], 86, "", "error: loss is nan at step 7\n"),
         (["fake", "--how", "ctrl-c"], 130, "", "error: interrupted\n"),
@@ -72,6 +88,24 @@ def test_status_and_streams(
 ) -> None:
     assert main(argv, fake) == status
     assert tuple(capsys.readouterr()) == (out, err)
+
+
+def test_what_no_message_can_explain_keeps_its_traceback(fake: dict[str, Command], monkeypatch) -> None:
+    with pytest.raises(ConnectionResetError):
+        main(["fake", "--how", "network"], fake)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # a shared file system that is away for a moment: the job is tried again
+    with pytest.raises(IsADirectoryError):
+        main(["fake", "--how", "folder"], fake)
+
+
+def test_a_reader_that_has_gone_is_no_error(fake: dict[str, Command], tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from megafuse.cli.main import Command, main; "
+        "sys.exit(main(['fake', '--how', 'much'], {'fake': Command('fake_command', 'fakes')}))"
+    )
+    line = f'{sys.executable} -c "$1" {tmp_path} | head -c 5; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", line, "bash", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "line ", "")
 
 
 def test_help_of_all_of_a_family_and_of_one_command(

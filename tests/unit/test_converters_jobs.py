@@ -20,7 +20,7 @@ from megafuse.converters.folders import new_folder
 from megafuse.converters.importer import dry_run, import_hf
 from megafuse.converters.jobs import Meter, Stopped, run_jobs
 from megafuse.converters.safetensors_io import SafetensorsFolder
-from megafuse.errors import ConfigError, IntegrityError
+from megafuse.errors import ConfigError, IntegrityError, StorageError
 from megafuse.testing.families import WRITERS, publish
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,12 +157,12 @@ def test_a_disk_that_fills_up_leaves_nothing(
         return real(fd, data, at)
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(ConfigError, match="the disk is full"):
+    with pytest.raises(StorageError, match="the disk is full"):
         export_hf(tmp_path / "ckpt", tmp_path / "out", jobs=jobs)
     monkeypatch.undo()
     usage = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=1000))
-    with pytest.raises(ConfigError, match=r"needs .* bytes, 1,000 are free"):
+    with pytest.raises(StorageError, match=r"needs .* bytes, 1,000 are free"):
         export_hf(tmp_path / "ckpt", tmp_path / "out", jobs=jobs)
     assert [p.name for p in tmp_path.iterdir()] == ["ckpt"]
 
@@ -173,12 +173,12 @@ from pathlib import Path
 from megafuse.converters.exporter import export_hf
 from megafuse.converters.importer import import_hf
 from megafuse.converters import folders, importer
-from megafuse.errors import ConfigError
+from megafuse.errors import StorageError
 hf, disk, action = sys.argv[1:]
 folders.free_bytes = importer.free_bytes = lambda out: 1 << 40  # what another program takes after the question
 try:
     import_hf(hf, disk + "/out", jobs=3) if action == "import" else export_hf(hf, disk + "/out", jobs=3)
-except ConfigError as error:
+except StorageError as error:
     print(error)
 print(sorted(p.name for p in Path(disk).iterdir()))
 """
@@ -296,16 +296,16 @@ def test_what_lives_beside_is_left_alone(tmp_path: Path) -> None:
         folder.mkdir()
     code = (
         "import sys; from megafuse.converters.folders import new_folder\n"
-        "with new_folder(sys.argv[1], overwrite=False, inputs=()) as work: (work / 'config.json').write_text('2')"
+        "with new_folder(sys.argv[1], overwrite=False, inputs=()) as work: (work / '.metadata').write_text('2')"
     )
     with new_folder(tmp_path / "out", overwrite=True, inputs=()) as first:
         assert not dead.exists() and all(folder.is_dir() for folder in alike)
         subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=True, env=ENV)
-        assert first.is_dir() and (tmp_path / "out" / "config.json").read_text() == "2"
-        (first / "config.json").write_text("1")
-    assert (tmp_path / "out" / "config.json").read_text() == "1"
-    (tmp_path / "out" / "config.json").unlink()
+        assert first.is_dir() and (tmp_path / "out" / ".metadata").read_text() == "2"
+        (first / ".metadata").write_text("1")
+    assert (tmp_path / "out" / ".metadata").read_text() == "1"
+    (tmp_path / "out" / ".metadata").unlink()
     with pytest.raises(ConfigError, match="exists"), new_folder(tmp_path / "out", overwrite=False, inputs=()):
         subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=True, env=ENV)
-    assert (tmp_path / "out" / "config.json").read_text() == "2", "who was faster is not replaced unasked"
+    assert (tmp_path / "out" / ".metadata").read_text() == "2", "who was faster is not replaced unasked"
     assert sorted(tmp_path.iterdir()) == sorted([*alike, tmp_path / "out"])

@@ -22,7 +22,7 @@ from megafuse.converters.exporter import export_hf
 from megafuse.converters.folders import open_weights
 from megafuse.converters.importer import dry_run, import_hf
 from megafuse.converters.verify import verify
-from megafuse.errors import ConfigError, DataError, IntegrityError, MegafuseError, UnsupportedModelError
+from megafuse.errors import DataError, IntegrityError, StorageError, UnsupportedModelError
 from megafuse.testing.families import WRITERS, publish
 
 FAMILIES = sorted(WRITERS)
@@ -162,12 +162,12 @@ def test_bad_input_is_named_and_nothing_is_written(tmp_path, gemma, breaking, er
 def test_a_full_disk(tmp_path, gemma, monkeypatch):
     real = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=1000))
-    with pytest.raises(ConfigError, match=r"needs .* bytes, 1,000 are free"):
+    with pytest.raises(StorageError, match=r"needs .* bytes, 1,000 are free"):
         import_hf(gemma, tmp_path / "ckpt")
     monkeypatch.undo()
     command, run = COMMANDS["import"]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=1000))
-    assert run(command(hf_dir=gemma, out=tmp_path / "ckpt", dry_run=True)) == 1
+    assert run(command(hf_dir=gemma, out=tmp_path / "ckpt", dry_run=True)) == 4
     monkeypatch.undo()
 
     written = []
@@ -179,7 +179,7 @@ def test_a_full_disk(tmp_path, gemma, monkeypatch):
         return len(data)
 
     monkeypatch.setattr(dcp_writer._HashingStream, "write", full)
-    with pytest.raises(MegafuseError, match="the disk is full"):
+    with pytest.raises(StorageError, match="the disk is full"):
         import_hf(gemma, tmp_path / "ckpt")
     assert list(tmp_path.iterdir()) == []
 

@@ -135,6 +135,12 @@ def test_where_must_make_sense(fields: dict[str, Any], message: str) -> None:
         config(**fields)
 
 
+def test_a_misspelled_variable_is_refused() -> None:
+    assert job_of(config(env=("NCCL_DEBUG=INFO", "TP=3"))).env["NCCL_DEBUG"] == "INFO"
+    with pytest.raises(ConfigError, match=r"no script of recipe fusepo_llama8b reads TPX; did you mean TP\?"):
+        job_of(config(env=("TPX=3",)))
+
+
 def test_without_nemo_run_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     monkeypatch.setitem(sys.modules, "nemo_run", None)
     assert main(["launch", "fusepo_llama8b", "--model", "m", "--data", "d", "--run", str(tmp_path / "r")]) == 2

@@ -2,6 +2,8 @@
 
 import json
 import os
+import pickle
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from megafuse.converters.importer import import_hf
 from megafuse.converters.ladder import RUNGS, Finding, default_layouts, verify_ladder
 from megafuse.converters.plan import Plan
 from megafuse.converters.table import Arch, Hf, Row
-from megafuse.errors import ConfigError
+from megafuse.errors import ConfigError, MegafuseError
 from megafuse.model.arch import ModelArch
 from megafuse.testing.families import WINDOW, WRITERS
 
@@ -157,8 +159,6 @@ def test_experts_in_another_order(folders: dict[str, Path], monkeypatch: pytest.
 
 
 def test_other_folders_fail_at_the_first_rungs(folders: dict[str, Path], tmp_path: Path, capsys) -> None:
-    import shutil
-
     gemma = folders["gemma2"]
     shutil.copytree(gemma / "hf", tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -175,6 +175,88 @@ def test_other_folders_fail_at_the_first_rungs(folders: dict[str, Path], tmp_pat
         file.seek(-5000, 2)
         file.write(bytes([byte[0] ^ 1]))
     assert verdict(gemma, tmp_path / "ckpt") == "bits"
+
+
+class Poison:
+    """A pickle that would run a command."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, tuple[str, ...]]:
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "bit flipped", "poisoned common.pt", "poisoned .metadata"])
+@pytest.mark.parametrize("manifest", [True, False], ids=["manifest", "no-manifest"])
+def test_damaged_checkpoints_end_with_a_verdict(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str, manifest: bool
+) -> None:
+    hf, ckpt = folders["llama"] / "hf", tmp_path / "ckpt"
+    shutil.copytree(folders["llama"] / "ckpt", ckpt)
+    data, mark = ckpt / "__0_0.distcp", tmp_path / "ran"
+    if damage == "truncated":
+        os.truncate(data, 1000)
+    elif damage == "bit flipped":
+        raw = bytearray(data.read_bytes())
+        raw[-5000] ^= 1
+        data.write_bytes(raw)
+    else:
+        (ckpt / damage.split()[1]).write_bytes(pickle.dumps(Poison(mark)))
+    if not manifest:
+        (ckpt / "manifest.json").unlink()
+    command, run = COMMANDS["verify"]
+    try:
+        assert run(command(src=ckpt, dst=hf, layouts=("dp",))) == 3
+        said = capsys.readouterr().out
+        assert "verdict: NOT the same model" in said and said.count("FAIL") == 1 and "Traceback" not in said
+    except MegafuseError as error:  # what no rung can begin with
+        assert damage == "poisoned .metadata" and ".metadata" in str(error)
+    assert not mark.exists(), "nothing that the checkpoint brings is run"
+
+
+def test_what_megatron_loads_or_saves_wrong_fails_there(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from megafuse.checkpoint import state
+    from megafuse.converters import rungs
+
+    load, cast = state.load_model, rungs._cast
+
+    def loads_two_layers_alike(model: Any, *args: Any) -> None:
+        load(model, *args)
+        layers = model[0].decoder.layers
+        with torch.no_grad():
+            layers[1].mlp.linear_fc2.weight.copy_(layers[0].mlp.linear_fc2.weight)
+
+    def saves_one_bit_else(tensors: Any, dtypes: Any) -> None:
+        cast(tensors, dtypes)
+        from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+        value = next(v for v in nested_values(tensors) if "linear_fc2" in getattr(v, "key", ""))
+        value.data = value.data.clone()
+        value.data.view(torch.uint8).view(-1)[0] ^= 1
+
+    monkeypatch.setattr(state, "load_model", loads_two_layers_alike)
+    assert verdict(folders["llama"]) == "load"
+    monkeypatch.setattr(state, "load_model", load)
+    monkeypatch.setattr(rungs, "_cast", saves_one_bit_else)
+    assert verdict(folders["llama"]) == "save"
+
+
+def test_a_rung_that_fails_is_the_last_one_begun(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from megafuse.converters import ladder
+
+    shutil.copytree(folders["gemma2"] / "hf", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"sliding_window": 9}))
+    for name in ("verify", "huggingface_logits", "_at_world"):
+        monkeypatch.setattr(ladder, name, lambda *args, **more: pytest.fail("hours of work for nothing"))
+    assert verdict(tmp_path, folders["gemma2"] / "ckpt") == "plan"
 
 
 def test_what_cannot_be_verified_is_refused(folders: dict[str, Path]) -> None:
