@@ -12,7 +12,7 @@ from megafuse.config.base import Config
 from megafuse.data.check import PERCENTILES, DataReport, check, percentiles
 from megafuse.data.tokenise import ChatTokenizer
 
-DESCRIPTION = "Check input files line by line and show what they hold. Exit status: 2 with bad records, 0 without."
+DESCRIPTION = "Check input files line by line and show what they hold. Exit status: 2 with bad or no records, else 0."
 _GAPS = (0.0, 0.001, 0.01, 0.1, 1.0, 10.0)
 
 
@@ -54,9 +54,12 @@ def run(config: DataCheckConfig) -> int:
         console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
     if report.fatal:
         console.print(report.fatal, style="red", markup=False, highlight=False, soft_wrap=True)
-    more = report.error_count - len(report.errors)
-    summary = f"{report.error_count} bad record(s){f', {more} of them not shown' if more else ''}"
-    console.print(summary, style="green" if report.ok else "red")
+    else:  # the sum of what could not all be read would be a wrong one
+        more = report.error_count - len(report.errors)
+        summary = f"{report.error_count} bad record(s){f', {more} of them not shown' if more else ''}"
+        if not report.prompts and not report.error_count:
+            summary = f"no records in {', '.join(map(str, config.files))}"
+        console.print(summary, style="green" if report.ok else "red", markup=False, soft_wrap=True)
     return 0 if report.ok else 2
 
 

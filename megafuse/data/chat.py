@@ -20,6 +20,9 @@ _ANSWER = "The answer is 42."
 _PAD = "\n \n"
 # what Llama 3's templates fall back to: without it, those of 3.2 would write the day of the build into every prompt
 _FIXED_DATE = "26 Jul 2024"
+# true for every command: those that only score or count have no setting for a template
+TEMPLATE_ADVICE = "in the folder, as chat_template.jinja; `build` and `sample` take one as chat_template = PATH too"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
 def load_tokenizer(folder: Path, chat_template: Path | None = None) -> Any:
@@ -35,6 +38,10 @@ def load_tokenizer(folder: Path, chat_template: Path | None = None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as e:  # transformers raises OSError, ValueError, KeyError and bare Exception here
+        if not any((folder / name).exists() for name in _TOKENIZER_FILES):  # what transformers then says is a riddle
+            raise ConfigError(
+                f"tokenizer: {folder} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there"
+            ) from None
         raise ConfigError(f"tokenizer: {folder} has no loadable tokenizer: {type(e).__name__}: {e}") from e
     if chat_template is not None:
         try:
@@ -42,10 +49,7 @@ def load_tokenizer(folder: Path, chat_template: Path | None = None) -> Any:
         except (OSError, UnicodeDecodeError) as e:
             raise ConfigError(f"chat_template: {chat_template} is not readable: {e}") from None
     if not tokenizer.chat_template:
-        raise ConfigError(
-            f"tokenizer: {folder} has no chat template (a base model?): give the Jinja file of the template to train "
-            "with as chat_template = PATH"
-        )
+        raise ConfigError(f"tokenizer: {folder} has no chat template (a base model?): put one {TEMPLATE_ADVICE}")
     return tokenizer
 
 
@@ -136,8 +140,8 @@ class ChatTemplate:
         if not plain.startswith(prompt):
             raise ConfigError(
                 "the chat template does not continue its own prompt: with the generation prompt the conversation ends "
-                f"with {prompt[-60:]!r}, with an answer it ends with {plain[-60:]!r}. Give a repaired template as "
-                "chat_template = PATH"
+                f"with {prompt[-60:]!r}, with an answer it ends with {plain[-60:]!r}. Put a repaired one "
+                f"{TEMPLATE_ADVICE}"
             )
         lead, found, suffix = plain[len(prompt) :].partition(_ANSWER)
         if not found:
@@ -145,8 +149,8 @@ class ChatTemplate:
         if lead.strip():
             raise ConfigError(
                 f"the chat template writes {lead!r} before an answer, which the generation prompt does not hold: "
-                "training would differ from generation. Set template_kwargs (for example enable_thinking = false), or "
-                "give a repaired template as chat_template = PATH"
+                "training would differ from generation. Set template_kwargs (of `build`; for example enable_thinking = "
+                f"false), or put a repaired one {TEMPLATE_ADVICE}"
             )
         for left in (False, True):
             for right in (False, True):

@@ -45,8 +45,8 @@ class DataReport:
 
     @property
     def ok(self) -> bool:
-        """Whether every line is a good record."""
-        return not self.error_count and not self.fatal
+        """Whether there are records, and every line is a good one."""
+        return bool(self.prompts) and not self.error_count and not self.fatal
 
     @property
     def responses(self) -> int:

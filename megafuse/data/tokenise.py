@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megafuse.data.chat import ChatTemplate, Messages, load_tokenizer
+from megafuse.data.chat import TEMPLATE_ADVICE, ChatTemplate, Messages, load_tokenizer
 from megafuse.errors import ConfigError, DataError
 
 _VOCABULARY_FILES = (
@@ -154,8 +154,7 @@ class ChatTokenizer:
         if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
             raise ConfigError(
                 f"a prompt starts with two BOS tokens ({self._tokenizer.bos_token!r}, id {bos}): the chat template "
-                "writes it and the tokenizer (or the prompt's text) has it too. Remove it from the template: "
-                "chat_template = PATH"
+                f"writes it and the tokenizer (or the prompt's text) has it too. Put a repaired one {TEMPLATE_ADVICE}"
             )
         return self._checked(ids, "a prompt")
 

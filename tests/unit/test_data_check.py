@@ -51,7 +51,17 @@ def test_command_reports_errors(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert f"{bad}:20:1: must be an object" in out and f"{bad}:21:" not in out
     assert "25 bad record(s), 5 of them not shown" in out
     assert data_check.run(data_check.DataCheckConfig(files=(tmp_path / "absent.jsonl",))) == 2
-    assert "No such file" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "No such file" in out and "bad record(s)" not in out
+    empty = lines(tmp_path / "empty.jsonl", [], tail="\n\n")
+    assert data_check.run(data_check.DataCheckConfig(files=(empty,))) == 2
+    out = capsys.readouterr().out
+    assert "no records in" in out and "bad record(s)" not in out
+    assert data_check.run(data_check.DataCheckConfig(files=(empty, good))) == 0
+    capsys.readouterr()
+    assert data_check.run(data_check.DataCheckConfig(files=(tmp_path,))) == 2
+    out = capsys.readouterr().out
+    assert "Is a directory" in out and "bad record(s)" not in out
 
 
 def test_prompts_only(tmp_path: Path) -> None:

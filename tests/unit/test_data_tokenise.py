@@ -102,7 +102,7 @@ def test_vocabulary_larger_than_the_model(tmp_path: Path) -> None:
 
 def test_missing_template_and_override(tmp_path: Path) -> None:
     path = folder(tmp_path / "base", None)
-    with pytest.raises(ConfigError, match=r"no chat template.*chat_template = PATH"):
+    with pytest.raises(ConfigError, match=r"no chat template.*chat_template\.jinja; `build` and `sample` take one as"):
         ChatTokenizer(path)
     (tmp_path / "chatml.jinja").write_text(CHATML)
     found = ChatTokenizer(path, chat_template=tmp_path / "chatml.jinja")
@@ -116,6 +116,9 @@ def test_missing_template_and_override(tmp_path: Path) -> None:
 def test_missing_folder_and_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a folder"):
         ChatTokenizer("some-org/some-model")  # never looked up anywhere
+    with pytest.raises(ConfigError, match=r"no tokenizer: none of tokenizer\.json, .* is there$"):
+        ChatTokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ConfigError, match="no loadable tokenizer"):
         ChatTokenizer(tmp_path)
 
