@@ -191,7 +191,7 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, overwrite: bool) -> None:
     """`out (+)= a @ b`, float32 out of bfloat16 factors without rounding in between where torch can (CUDA, 2.8)."""
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=0 if overwrite else 1, out=out)
-    elif _wide_products(out.device, a.dtype, out.dtype):
+    elif wide_products(out.device, a.dtype, out.dtype):
         kinds: dict[str, Any] = {"out_dtype": out.dtype, "out": out}
         torch.mm(a, b, **kinds) if overwrite else torch.addmm(out, a, b, **kinds)
     elif overwrite:
@@ -201,8 +201,8 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, overwrite: bool) -> None:
 
 
 @functools.cache
-def _wide_products(device: torch.device, narrow: torch.dtype, wide: torch.dtype) -> bool:
-    """Whether `addmm` takes bfloat16 factors and adds to float32 on this device: tried once on a small product."""
+def wide_products(device: torch.device, narrow: torch.dtype, wide: torch.dtype) -> bool:
+    """Whether `mm` and `addmm` write float32 out of bfloat16 factors on this device: tried once on a small product."""
     if device.type != "cuda":
         return False
     a, out = torch.zeros((16, 16), dtype=narrow, device=device), torch.zeros((16, 16), dtype=wide, device=device)

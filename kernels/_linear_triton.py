@@ -19,7 +19,6 @@ import torch
 import triton
 from torch import Tensor
 
-from megafuse.kernels._collectives import gather_ranks
 from megafuse.kernels._linear_parts import LinearOptions, WeightGradient, Workspace, close_gaps
 from megafuse.kernels._triton_gemm import exp_product
 from megafuse.kernels._triton_linear import (
@@ -228,7 +227,7 @@ def gather_targets(hidden: Tensor, weight: Tensor, targets: Tensor, options: Lin
             CAPPED=head.softcap is not None,
             BLOCK=min(triton.next_power_of_2(width), 2048),
         )
-    return x, z if head.group is None else gather_ranks(z, head.group).amax(0)
+    return x, z if head.group is None else head.gather_checking_shards(z).amax(0)
 
 
 class TritonRows:
@@ -258,7 +257,7 @@ class TritonRows:
             anchors.copy_(z.masked_fill(z == -torch.inf, 0))
             for rows in product.chunks:
                 product.measure(rows, anchors, sums, stats[-1], options.gradient and rows.stop == n)
-            parts = stats[None] if head.group is None else gather_ranks(stats, head.group)
+            parts = head.gather(stats)
             logp, saved = z.new_empty(n), z.new_empty((2, n))
             entropy = z.new_empty(n if options.entropy else 0)
             if n:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megafuse.kernels._linear_parts import LinearOptions, WeightGradient, Workspace, close_gaps
+from megafuse.kernels._linear_parts import LinearOptions, WeightGradient, Workspace, close_gaps, wide_products
 from megafuse.kernels._segments import pair_sums, segment_sums
 from megafuse.kernels._vocab_softmax import (
     Head,
@@ -64,29 +64,57 @@ class VocabParallelLogprobs(torch.autograd.Function):
 class _Chunks:
     """Logits [R, columns] of consecutive hidden rows, in one buffer that is used again for every chunk.
 
+    They are float32 (float64 for float64 operands): rounded to bfloat16 they would cost 0.01 nat a token and more.
+    Products that a device cannot write wider than their factors (CPUs, old GPUs) are taken of upcast factors, a block
+    of the weight at a time, which counts as workspace like the logits.
+
     The buffer has one element more than the logits: targets that are not of this chunk or of this rank are written
     there, which costs nothing and needs no boolean mask (whose size only the device knows).
     """
 
     def __init__(self, x: Tensor, weight: Tensor, head: Head, workspace_bytes: int):
         self.x, self.weight, self.head = x, weight[: head.columns], head
-        self.scratch = Scratch(x, x.shape[0], head, workspace_bytes // 4)
-        row_bytes = max(head.columns, 1) * x.element_size()
-        self.size = max(1, min(x.shape[0], (workspace_bytes - self.scratch.bytes) // row_bytes))
+        self.dtype = compute_dtype(x)
+        self.direct = x.dtype == self.dtype or wide_products(x.device, x.dtype, self.dtype)
+        spare, columns = workspace_bytes // 4, max(head.columns, 1)
+        self.scratch = Scratch(x, x.shape[0], head, spare if self.direct else spare // 2)
+        # 1024 columns: more are no faster, and leave the cache.
+        fit = (spare - self.scratch.bytes) // (x.shape[1] * self.dtype.itemsize)
+        self.block = columns if self.direct else max(1, min(columns, fit, 1024))
+        used = self.scratch.bytes + (0 if self.direct else self.block * x.shape[1] * self.dtype.itemsize)
+        self.size = max(1, min(x.shape[0], (workspace_bytes - used) // (columns * self.dtype.itemsize)))
         self.starts = range(0, max(x.shape[0], 1), self.size)  # no rows: one empty chunk
         self.flat: Tensor | None = None
 
     def logits(self, first: int) -> Tensor:
-        """This rank's logits of the chunk that starts at row `first`, in the dtype of the parameters."""
+        """This rank's logits of the chunk that starts at row `first`."""
         x = self.x[first : first + self.size]
         if self.flat is None:
-            self.flat = x.new_empty(x.shape[0] * self.head.columns + 1)
-        return torch.mm(x, self.weight.t(), out=self.view(x.shape[0]))
+            self.flat = x.new_empty(x.shape[0] * self.head.columns + 1, dtype=self.dtype)
+        z = self.view(x.shape[0])
+        if x.dtype == self.dtype:
+            return torch.mm(x, self.weight.t(), out=z)
+        if self.direct:
+            kinds: dict[str, Any] = {"out_dtype": self.dtype, "out": z}
+            return torch.mm(x, self.weight.t(), **kinds)
+        x = x.to(self.dtype)
+        for a in range(0, self.head.columns, self.block):
+            part = self.weight[a : a + self.block].to(self.dtype)
+            torch.mm(x, part.t(), out=z[:, a : a + self.block])
+        return z
 
     def view(self, rows: int) -> Tensor:
         """The buffer as [rows, columns]."""
         assert self.flat is not None
         return self.flat[: rows * self.head.columns].view(rows, self.head.columns)
+
+    def rounded(self) -> Tensor:
+        """The same memory in the dtype of the operands [at least rows * columns + 1], for the logits' gradient.
+
+        Row r begins where the logits of row r // 2 were: written in order, it covers nothing that is still to be read.
+        """
+        assert self.flat is not None
+        return self.flat.view(self.x.dtype)
 
     def slots(self, first: int, rows: int, row: Tensor, targets: Tensor, place: Tensor | None = None) -> Tensor:
         """Indices into `flat` [T] of the targets in the chunk; the spare element for the others.
@@ -116,8 +144,8 @@ class TorchRows:
 
     @staticmethod
     def fit(weight: Tensor, workspace_bytes: int) -> int:
-        """See `HeadRows`; `Scratch` gets up to a quarter."""
-        return max(1, workspace_bytes * 3 // 4 // max(weight.shape[0] * weight.element_size(), 1))
+        """See `HeadRows`; `Scratch` and upcast columns get up to a quarter."""
+        return max(1, workspace_bytes * 3 // 4 // max(weight.shape[0] * compute_dtype(weight).itemsize, 1))
 
     def _chunks(self) -> _Chunks:
         return _Chunks(self.x, self.weight, self.options.head, self.options.workspace_bytes)
@@ -168,9 +196,11 @@ class TorchRows:
                     z, h, top, factor = z[: order.numel()], h[order], top[order], factor[order]
                     place = torch.full(mask.shape, -1, device=x.device)
                     place[order] = torch.arange(order.numel(), device=x.device)
-                gradient_rows(z, z, top, factor, chunks.scratch)
-                assert chunks.flat is not None
-                chunks.flat[chunks.slots(first, part.stop - first, self.row, self.targets, place)] = at_target
+                flat = chunks.rounded()
+                dz = flat[: z.numel()].view(z.shape)
+                gradient_rows(z, dz, top, factor, chunks.scratch)
+                flat[chunks.slots(first, part.stop - first, self.row, self.targets, place)] = at_target
+                z = dz
             if dx is not None:
                 _fill(dx[part], z, chunks.weight, place)
             if part.stop == x.shape[0]:

@@ -9,7 +9,6 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megafuse.kernels._collectives import gather_ranks
 from megafuse.kernels._triton_logits import finish_rows, row_gradient, row_stats
 from megafuse.kernels._vocab_softmax import Head
 from megafuse.kernels.backend import on_device
@@ -41,7 +40,7 @@ class TritonVocabParallelLogprobs(torch.autograd.Function):
                     BLOCK=block,
                     num_warps=8 if block >= 2048 else 4,
                 )
-            parts = stats[None] if head.group is None else gather_ranks(stats, head.group)
+            parts = head.gather_checking_shards(stats).contiguous()
             if rows:
                 finish_rows[(triton.cdiv(rows, ROWS),)](parts, parts.shape[0], logp, saved, rows, BLOCK=ROWS)
         ctx.save_for_backward(logits, targets, saved)

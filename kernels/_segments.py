@@ -78,8 +78,8 @@ def segment_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Per-response sums (or means) of token log-probs, and the number of tokens of each response.
 
-    `logp [T]` any float dtype; `segment_ids [T]` integers in `[0, num_segments)` in any order, negative ids ignored.
-    Returns `([N], [N] int64)`; the sums are accumulated in float64, then rounded to float32 (unless logp is float64).
+    `logp [T]` any float dtype; `segment_ids [T]` int64 or int32 in `[0, num_segments)` in any order, negative ones
+    ignored. Returns `([N], [N] int64)`; the sums are accumulated in float64, then rounded to float32 (unless logp is float64).
     A segment without tokens has sum, mean and length 0. With `cp_group` every rank passes its own tokens and receives
     the completed sums; the gradient of the completed sum flows back to each rank's tokens unchanged.
 
@@ -88,9 +88,9 @@ def segment_logprobs(
     """
     if normalize not in ("none", "mean"):
         raise ConfigError(f"normalize={normalize!r} is not known: use 'none' or 'mean'")
-    if segment_ids.is_floating_point() or segment_ids.device != logp.device:
+    if segment_ids.dtype not in (torch.int32, torch.int64) or segment_ids.device != logp.device:
         raise ConfigError(
-            f"segment_ids are {segment_ids.dtype} on {segment_ids.device}: integers on {logp.device} are needed"
+            f"segment_ids are {segment_ids.dtype} on {segment_ids.device}: int64 or int32 on {logp.device} is needed"
         )
     if logp.ndim != 1 or segment_ids.shape != logp.shape:
         raise ConfigError(

@@ -9,7 +9,7 @@ so log p never exceeds 0, and both log p and 1 - p keep their relative precision
 `z_y - logsumexp(z)` and `p - 1` cancel to 0 in float32. A hidden row may predict several targets, so a row stores the
 sum over all entries but its largest (`rest`); for a target that is not the largest, s = 1 + rest - exp(z_y - m) >= 1.
 
-Logits stay in the dtype of the matrix product. Blocks of rows are copied to a float32 (float64 for float64 logits)
+Blocks of rows are copied to a float32 (float64 for float64 logits)
 scratch that fits in the cache.
 """
 
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megafuse.errors import ConfigError
 from megafuse.kernels._collectives import gather_ranks
 
 _LANE = 64  # columns that one step of the two-level argmax covers
@@ -48,6 +49,44 @@ class Head:
         column = targets.long() - self.start
         owned = (column >= 0) & (column < self.columns)
         return column.clamp(0, max(self.columns - 1, 0)), owned
+
+    def gather(self, t: Tensor) -> Tensor:
+        """Every rank's `t` [ranks, *t.shape]."""
+        return t[None] if self.group is None else gather_ranks(t, self.group)
+
+    def gather_checking_shards(self, t: Tensor) -> Tensor:
+        """`gather` of a float tensor that also refuses shards with an id in common: ConfigError on a CPU, else NaN.
+
+        The shards' borders are two more numbers of a gather that happens anyhow: no collective and no wait for the
+        device are added, only some ten launches on [ranks, ranks] numbers. A check once a group would be cheaper, but
+        it would trust the first call's borders for ever, and ranks that forget differently would hang. Borders
+        are rounded to the dtype of `t`: that keeps their order, so no good shards are refused.
+        """
+        if self.group is None:
+            return t[None]
+        n = t.numel()
+        mine = t.new_empty(n + 2)
+        mine[:n] = t.flatten()
+        mine[n].fill_(self.start)  # fill_: a tensor made from a list would be copied to the device, which waits for it
+        mine[n + 1].fill_(self.start + self.columns)
+        every = gather_ranks(mine, self.group)
+        parts = every[:, :n].reshape(self.group.size(), *t.shape)
+        return _refuse_overlap(every[:, n], every[:, n + 1], parts, look=t.device.type == "cpu")
+
+
+def _refuse_overlap(first: Tensor, end: Tensor, parts: Tensor, *, look: bool) -> Tensor:
+    """`parts [W, ..]`, rank r's shard being the ids `first[r]` to `end[r] - 1`; `look` at them and raise, or NaN."""
+    low, high = torch.maximum(first[:, None], first), torch.minimum(end[:, None], end)
+    shared = (low < high).triu(1)
+    if not look:
+        return parts.masked_fill(shared.any(), torch.nan)
+    if bool(shared.any()):
+        a, b = shared.nonzero()[0].tolist()
+        raise ConfigError(
+            f"vocab_start={int(first[b])} on rank {b} of the group: ranks {a} and {b} both hold the ids "
+            f"{int(low[a, b])} to {int(high[a, b]) - 1}; vocab_start is the first id of a rank's own shard"
+        )
+    return parts
 
 
 def compute_dtype(t: Tensor) -> torch.dtype:
@@ -95,7 +134,7 @@ class RowStats:
         """Entropy [U] in nats of each row's distribution over the whole vocabulary: one all_gather of [3, U]."""
         assert self.spread is not None
         mine = torch.stack([self.largest, 1 + self.rest, self.spread])
-        parts = mine[None] if head.group is None else gather_ranks(mine, head.group)
+        parts = head.gather(mine)
         gap = parts[:, 0] - parts[:, 0].amax(0)
         share = torch.exp(gap)
         total = (parts[:, 1] * share).sum(0)
@@ -144,7 +183,7 @@ class TargetStats:
 
 
 def merge(stats: RowStats, row: Tensor | None, raw: Tensor, targets: Tensor, head: Head) -> TargetStats:
-    """Statistics of the targets from this rank's rows and the other ranks': one all_gather of [3, T].
+    """Statistics of the targets from this rank's rows and the other ranks': one all_gather of [3, T] and two numbers.
 
     `row [T]` is the row of each target (None: its own), `raw [T]` its logit where this rank owns it. The ranks' parts
     are added in rank order, so that every rank has the same bits.
@@ -157,7 +196,7 @@ def merge(stats: RowStats, row: Tensor | None, raw: Tensor, targets: Tensor, hea
     share = torch.where(owned, torch.exp(target - largest), 0)
     others = torch.where(owned & (column == top), rest, 1 + rest - share)
     mine = torch.stack([largest, others, target])
-    parts = mine[None] if head.group is None else gather_ranks(mine, head.group)
+    parts = head.gather_checking_shards(mine)
     largest = parts[:, 0].amax(0)
     others = (parts[:, 1] * torch.exp(parts[:, 0] - largest)).sum(0)
     target = parts[:, 2].amax(0)
@@ -168,7 +207,8 @@ def merge(stats: RowStats, row: Tensor | None, raw: Tensor, targets: Tensor, hea
 def gradient_rows(logits: Tensor, out: Tensor, largest: Tensor, scale: Tensor, scratch: Scratch) -> None:
     """`out [R, columns] = scale * exp(z - largest) * d(softcap)`: the gradient everywhere but at the targets.
 
-    `scale [R]` is minus the row's incoming gradient over (temperature * total). `out` may be `logits`.
+    `scale [R]` is minus the row's incoming gradient over (temperature * total). `out` may be `logits`, or
+    the front of its memory in a narrower dtype: no row is written over one that is still to be read.
     """
     head = scratch.head
     if head.columns == 0:

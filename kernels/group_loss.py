@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megafuse.errors import ConfigError
+from megafuse.kernels._arguments import owned_somewhere
 from megafuse.kernels._linear_autograd import GivenGradient, hidden_gradient, rows_of
 from megafuse.kernels._linear_parts import (
     HeadRows,
@@ -28,7 +29,7 @@ from megafuse.kernels._linear_parts import (
     whole_sequence,
 )
 from megafuse.kernels._segments import segment_logprobs
-from megafuse.kernels.logprob import owned_somewhere, prepare, row_map
+from megafuse.kernels.logprob import prepare, row_map
 
 LossOfSums = Callable[[Tensor, Tensor, slice], tuple[Tensor, Any]]
 """`loss(sums [n], lengths [n], part) -> (value [], anything)`: the part of the loss whose terms involve the responses
@@ -39,7 +40,7 @@ LossOfSums = Callable[[Tensor, Tensor, slice], tuple[Tensor, Any]]
 class Blocks:
     """How the targets of a row belong to its n responses, and where the row may be cut. Lives on the host.
 
-    Raises ConfigError when the two disagree about n.
+    Raises ConfigError when the two disagree about n, and on numbers that are no counts.
     """
 
     counts: (
@@ -48,9 +49,16 @@ class Blocks:
     sizes: tuple[int, ...]  # responses of each block: a run of responses that no term of the loss leaves
 
     def __post_init__(self) -> None:
+        wrong = [s for s in self.sizes if not isinstance(s, int) or isinstance(s, bool) or s < 0]
+        if wrong:
+            raise ConfigError(f"blocks.sizes holds {wrong[0]!r}: numbers of responses (int, not negative) are needed")
         if self.counts.ndim != 2 or self.counts.device.type != "cpu" or self.counts.shape[1] != sum(self.sizes):
             shape = f"{list(self.counts.shape)} on {self.counts.device}"
             raise ConfigError(f"blocks.counts is {shape}: [ranks, {sum(self.sizes)}] on the CPU is needed")
+        if self.counts.dtype != torch.int64:
+            raise ConfigError(f"blocks.counts is {self.counts.dtype}: numbers of targets as int64 are needed")
+        if self.counts.numel() and int(self.counts.min()) < 0:
+            raise ConfigError(f"blocks.counts holds {int(self.counts.min())}: a number of targets is not negative")
 
     def cut(self, fit: int) -> list[slice]:
         """Runs of whole blocks (slices of the responses) with at most `fit` targets on every rank.
@@ -127,7 +135,7 @@ def linear_group_loss(
         )
     index = torch.arange(targets.shape[0]) if row_index is None else row_index.detach().to("cpu", torch.int64)
     with torch.no_grad():
-        work = _Work(hidden, weight, targets, groups, options, counts, index, rows_of(chosen), chosen, vocab_size)
+        work = _Work(hidden, weight, targets, groups, options, counts, index, rows_of(chosen), chosen)
         value, beside = work.run()
     if not options.gradient:
         return value, beside
@@ -164,10 +172,9 @@ class _Work:
         index: Tensor,
         kind: type[HeadRows],
         backend: str,
-        vocab_size: int | None,
     ):
         self.weight, self.targets, self.groups, self.options = weight, targets, groups, options
-        self.counts, self.index, self.kind, self.backend, self.vocab_size = counts, index, kind, backend, vocab_size
+        self.counts, self.index, self.kind, self.backend = counts, index, kind, backend
         self.full = whole_sequence(hidden, options)
         responses = counts.shape[0]
         everything = [slice(0, responses)] if responses else []
@@ -210,7 +217,7 @@ class _Work:
         mine = self.targets[targets]
         options = self._options(targets)
         rows = self.kind(self.full, self.weight, mine, options, self.space)
-        logp = owned_somewhere(rows.logprobs()[0], mine, options.head, self.vocab_size)
+        logp = owned_somewhere(rows.logprobs()[0], mine, options.head)
         sums, lengths = segment_logprobs(
             logp, ids, chunk.stop - chunk.start, cp_group=self.groups.cp_group, backend=self.backend
         )

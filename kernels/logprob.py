@@ -1,9 +1,8 @@
 """Per-token log-probs under a large, possibly tensor-parallel vocabulary, and their sums per response.
 
-Numerics of the `torch` backend: logits are the matrix product in the dtype of the parameters, as megatron-core's output
-layer computes them, then every operation on them is float32; float64 inputs stay float64 throughout and serve as the
-oracle. Log-probs never exceed 0. Backward has no float32 logits either: the kept logits become their gradient.
-The `triton` backend (CUDA, where `auto` takes it) never rounds logits at all: docs/kernels.md.
+Numerics: products, logits and every operation on them are float32, also where the operands are bfloat16 or float16: no
+logit is rounded. float64 inputs stay float64 throughout and serve as the oracle. Log-probs never exceed 0. In backward
+the logits' gradient is rounded once to the dtype of the operands. More, also on the backends: docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -15,11 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megafuse.errors import ConfigError, DataError
+from megafuse.kernels._arguments import INDEX_TYPES, check_targets, check_tensors, make_head, owned_somewhere, whole
 from megafuse.kernels._linear_autograd import LinearLogprobs, rows_of
 from megafuse.kernels._linear_parts import LinearOptions, RowMap
 from megafuse.kernels._logprob_torch import VocabParallelLogprobs
 from megafuse.kernels._segments import segment_logprobs
-from megafuse.kernels._vocab_softmax import Head, compute_dtype
+from megafuse.kernels._vocab_softmax import compute_dtype
 from megafuse.kernels.backend import choose
 
 __all__ = ["linear_logprobs", "linear_logprobs_and_entropy", "segment_logprobs", "vocab_parallel_logprobs"]
@@ -44,6 +44,7 @@ def vocab_parallel_logprobs(
     This rank's columns are the ids `vocab_start ...`; `group` holds the other ranks' (shards may be uneven, even
     empty). Ids from `vocab_size` on are padding: outside the softmax, with gradient 0. Logits become
     `softcap * tanh(logits / softcap) / temperature` first. One all_gather of [3, T] forward, no communication backward.
+    Shards that overlap (a forgotten `vocab_start`) are a ConfigError on a CPU, and make every log-prob NaN on CUDA.
     `inplace_backward` writes the gradient into the memory of `logits`: a second backward is then refused by autograd.
 
     Raises ConfigError on options or shapes that cannot work, DataError on a target outside the vocabulary. Targets are
@@ -52,9 +53,9 @@ def vocab_parallel_logprobs(
     """
     if logits.ndim != 2 or targets.shape != logits.shape[:1]:
         raise ConfigError(f"logits {list(logits.shape)} must be [T, V] and targets {list(targets.shape)} [T]")
-    _check_tensors(logits=logits, targets=targets)
-    head = _head(logits.shape[1], vocab_start, vocab_size, group, temperature, softcap)
-    _check_targets(targets, head, vocab_size)
+    check_tensors(logits=logits, targets=targets)
+    head = make_head(logits.shape[1], vocab_start, vocab_size, group, temperature, softcap)
+    check_targets(targets, head, vocab_size)
     if choose(backend, logits.device, logits.dtype) == "triton":
         if logits.numel() and logits.stride(1) != 1:
             raise ConfigError(f"logits have strides {logits.stride()}: the vocabulary must be contiguous (stride 1)")
@@ -63,7 +64,7 @@ def vocab_parallel_logprobs(
         logp = TritonVocabParallelLogprobs.apply(logits, targets, head, inplace_backward)
     else:
         logp = VocabParallelLogprobs.apply(logits, targets, head, inplace_backward)
-    return owned_somewhere(logp, targets, head, vocab_size)
+    return owned_somewhere(logp, targets, head)
 
 
 def linear_logprobs(
@@ -154,7 +155,7 @@ def _linear(
         *(temperature, softcap, workspace_bytes, backend, vocab_size, accumulate),
     )
     logp, entropies = LinearLogprobs.apply(hidden, weight, targets, options, rows_of(chosen))
-    return owned_somewhere(logp, targets, options.head, vocab_size), entropies
+    return owned_somewhere(logp, targets, options.head), entropies
 
 
 def prepare(
@@ -181,11 +182,14 @@ def prepare(
         )
     if hidden.dtype != weight.dtype:
         raise ConfigError(f"hidden is {hidden.dtype} but weight is {weight.dtype}: cast one of them")
-    _check_tensors(hidden=hidden, weight=weight, targets=targets)
-    if workspace_bytes <= 0:
-        raise ConfigError(f"workspace_bytes={workspace_bytes} must be positive")
-    head = _head(weight.shape[0], vocab_start, vocab_size, tp_group, temperature, softcap)
-    _check_targets(targets, head, vocab_size)
+    check_tensors(hidden=hidden, weight=weight, targets=targets)
+    if hidden.shape[1] == 0:
+        raise ConfigError(
+            f"hidden {list(hidden.shape)} and weight {list(weight.shape)} have a width H of 0: 1 is needed"
+        )
+    workspace_bytes = whole("workspace_bytes", workspace_bytes, 1)
+    head = make_head(weight.shape[0], vocab_start, vocab_size, tp_group, temperature, softcap)
+    check_targets(targets, head, vocab_size)
     sequence = hidden.shape[0] * (head.group.size() if sequence_parallel and head.group is not None else 1)
     rows = row_map(row_index, targets, sequence, hidden.device)
     main_grad = _into_main_grad(weight, accumulate)
@@ -216,53 +220,6 @@ def _into_main_grad(weight: Tensor, accumulate: str) -> bool:
     return True
 
 
-def _head(
-    columns: int,
-    start: int,
-    vocab_size: int | None,
-    group: dist.ProcessGroup | None,
-    temperature: float,
-    softcap: float | None,
-) -> Head:
-    if not temperature > 0:
-        raise ConfigError(f"temperature={temperature} must be positive")
-    if softcap is not None and not softcap > 0:
-        raise ConfigError(f"softcap={softcap} must be positive, or None for no soft cap")
-    valid = columns if vocab_size is None else min(max(vocab_size - start, 0), columns)
-    return Head(start, valid, temperature, softcap, group if group is not None and group.size() > 1 else None)
-
-
-def _check_tensors(targets: Tensor, **floats: Tensor) -> None:
-    """Refuse ids that are no integers, numbers that are no floats, and tensors on different devices."""
-    if targets.dtype not in (torch.int32, torch.int64):
-        raise ConfigError(f"targets are {targets.dtype}: token ids must be int64 or int32")
-    for name, tensor in floats.items():
-        if not tensor.is_floating_point():
-            raise ConfigError(f"{name} is {tensor.dtype}: a floating-point type is needed")
-        if tensor.device != targets.device:
-            raise ConfigError(f"{name} is on {tensor.device} but targets are on {targets.device}: move one of them")
-
-
-def _check_targets(targets: Tensor, head: Head, vocab_size: int | None) -> None:
-    """Refuse ids outside the vocabulary where this rank alone can tell; all ranks decide alike, so none hangs."""
-    if targets.device.type != "cpu" or targets.numel() == 0:
-        return
-    low, high = (int(v) for v in torch.aminmax(targets))
-    size = vocab_size if vocab_size is not None else None if head.group is not None else head.start + head.columns
-    floor = head.start if head.group is None else 0
-    if low < floor or (size is not None and high >= size):
-        bad = low if low < floor else high
-        raise DataError(f"target id {bad} is outside the vocabulary of {size or 'all shards'} ids (from {floor})")
-
-
-def owned_somewhere(logp: Tensor, targets: Tensor, head: Head, vocab_size: int | None) -> Tensor:
-    """`logp`; ids that no rank owns are refused, if no `vocab_size` was given: they are known after the collective."""
-    if vocab_size is None and head.group is not None and logp.device.type == "cpu" and bool((logp == -torch.inf).any()):
-        bad = int(targets[logp == -torch.inf][0])
-        raise DataError(f"target id {bad} has log-prob -inf: no rank's vocabulary shard holds it, or its logit is -inf")
-    return logp
-
-
 def row_map(row_index: Tensor | None, targets: Tensor, sequence: int, device: torch.device) -> RowMap:
     """Distinct rows of the `sequence` hidden rows that predict the targets. Errors: see `linear_logprobs`."""
     if row_index is None:
@@ -271,6 +228,10 @@ def row_map(row_index: Tensor | None, targets: Tensor, sequence: int, device: to
         return RowMap(None, None, None, sequence)
     if row_index.shape != targets.shape:
         raise ConfigError(f"row_index {list(row_index.shape)} must have the shape of targets {list(targets.shape)}")
+    if row_index.dtype not in INDEX_TYPES:  # a mask would be read as rows 0 and 1
+        raise ConfigError(
+            f"row_index is {row_index.dtype}: int64 or int32 is needed (for a mask, mask.nonzero()[:, 0])"
+        )
     rows, inverse = torch.unique(row_index.detach().to("cpu", torch.int64), return_inverse=True)
     if rows.numel() and not 0 <= int(rows[0]) <= int(rows[-1]) < sequence:
         bad = int(rows[0]) if int(rows[0]) < 0 else int(rows[-1])

@@ -35,7 +35,8 @@ def bound(dtype: torch.dtype) -> float:
 def workspace(p: Problem, rows: int, backend: str) -> int:
     """Bytes that hold the exponentials of `rows` targets."""
     columns = p.weight.shape[0] if backend == "torch" else -(-p.weight.shape[0] // 64) * 64
-    return rows * columns * p.weight.element_size() * (4 if backend == "torch" else 3) // 3
+    size = max(p.weight.element_size(), 4 if backend == "torch" else 1)  # torch's logits are float32 at least
+    return rows * columns * size * (4 if backend == "torch" else 3) // 3
 
 
 def run(p: Problem, *, up: float = 1.0, given: dict[str, Any] | None = None, **options: Any) -> tuple[Any, ...]:
@@ -260,6 +261,14 @@ def test_bad_input_is_named(device: torch.device) -> None:
     counts, sizes = p.blocks.counts, p.blocks.sizes
     with pytest.raises(ConfigError, match=r"blocks\.counts is \[1, "):
         Blocks(counts[:, 1:], sizes)
+    with pytest.raises(ConfigError, match=r"blocks\.counts holds -1: a number of targets is not negative"):
+        Blocks(counts.clone().fill_(-1), sizes)
+    for kind in (torch.float32, torch.bool):
+        with pytest.raises(ConfigError, match=f"blocks.counts is {kind}: .* int64 are needed"):
+            Blocks(counts.to(kind), sizes)
+    for bad in (-1, 1.0, True):
+        with pytest.raises(ConfigError, match=f"blocks.sizes holds {bad!r}: "):
+            Blocks(counts, (counts.shape[1] - int(bad), bad))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"targets on this rank, targets"):
         run(p, given={"blocks": Blocks(counts + 1, sizes)})
     with pytest.raises(ConfigError, match=r"2 rows for 1 context-parallel ranks"):

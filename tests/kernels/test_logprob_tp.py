@@ -19,7 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megafuse.errors import DataError
+from megafuse.errors import MegafuseError
+from megafuse.kernels._vocab_softmax import _refuse_overlap
+from megafuse.kernels.group_loss import Blocks, GroupLoss, linear_group_loss
 from megafuse.kernels.logprob import linear_logprobs, segment_logprobs, vocab_parallel_logprobs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,12 +104,50 @@ def run_segments(seed: int, part: slice, mean: bool, group: Any) -> dict[str, Te
     return {"sums": sums.detach(), "counts": counts, "grad": leaf.grad}
 
 
-def refused(call: Callable[[], Tensor]) -> str:
+def refused(call: Callable[[], Any]) -> str:
     try:
         call()
-    except DataError as error:
-        return str(error)
+    except MegafuseError as error:
+        return f"{type(error).__name__}: {error}"
     return "nothing raised"
+
+
+def refusals(rank: int, world: int, group: Any) -> dict[str, str]:
+    """What this rank is told: about a target that no shard holds, and about shards that hold the same ids."""
+    out, ids = {}, torch.tensor([3, PADDED])
+    z, border = torch.zeros(2, PADDED), cuts(world, "whole")
+    out["default"] = refused(
+        lambda: vocab_parallel_logprobs(
+            z[:, border[rank] : border[rank + 1]], ids, vocab_start=border[rank], group=group
+        )
+    )
+    x, size = torch.ones(2, 16), 60
+    w, groups = (
+        torch.randn(size, 16),
+        GroupLoss(lambda sums, *_: (sums.sum(), {}), Blocks(torch.tensor([[1, 1]]), (2,))),
+    )
+    for backend in ("torch", "triton"):
+        given: dict[str, Any] = {"vocab_size": 60 * world + 30, "backend": backend}
+        calls: dict[str, Callable[..., Any]] = {
+            "linear": lambda ids, start, given=given: linear_logprobs(
+                x, w, ids, vocab_start=start, tp_group=group, **given
+            ),
+            "logits": lambda ids, start, given=given: vocab_parallel_logprobs(
+                x @ w.t(), ids, vocab_start=start, group=group, **given
+            ),
+            "groups": lambda ids, start, given=given: linear_group_loss(
+                x, w, ids, groups, vocab_start=start, tp_group=group, **given
+            )[0],
+        }
+        good = torch.tensor([5, 60 * world - 1])
+        for name, call in calls.items():
+            out[f"{backend}/{name}/good"] = refused(lambda call=call: call(good, rank * size))
+            out[f"{backend}/{name}/unowned"] = refused(lambda call=call: call(good + 20, rank * size))
+            if name == "groups":  # rank 0 would wait: each rank checks by itself that shards are equally large
+                continue
+            out[f"{backend}/{name}/forgotten"] = refused(lambda call=call: call(good % 60, 0))
+            out[f"{backend}/{name}/one in common"] = refused(lambda call=call: call(good % 60, rank * (size - 1)))
+    return out
 
 
 def worker(rank: int, world: int, seed: int, folder: Path) -> None:
@@ -125,12 +165,7 @@ def worker(rank: int, world: int, seed: int, folder: Path) -> None:
     token = slice(rank * 90 // world, (rank + 1) * 90 // world)
     for mean in (False, True):
         out[f"segments/{mean}"] = run_segments(seed, token, mean, group)
-    z, border = torch.zeros(2, PADDED), cuts(world, "whole")
-    out["refused"] = refused(
-        lambda: vocab_parallel_logprobs(
-            z[:, border[rank] : border[rank + 1]], torch.tensor([3, PADDED]), vocab_start=border[rank], group=group
-        )
-    )
+    out["refused"] = refusals(rank, world, group)
     torch.save(out, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -141,7 +176,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     world, seed = request.param, random.SystemRandom().randrange(2**30)
     print("seed", seed)
     folder = tmp_path_factory.mktemp(f"gloo{world}")
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-W", "ignore", __file__]
     started = [
         subprocess.Popen(
@@ -216,7 +251,43 @@ def test_segments_over_context_parallel_ranks(mean: bool, ranks: tuple[int, list
 
 @pytest.mark.distributed
 def test_unowned_target_is_refused_on_every_rank(ranks: tuple[int, list[dict[str, Any]]]) -> None:
-    assert all(result["refused"].startswith(f"target id {PADDED} ") for result in ranks[1])
+    for result in ranks[1]:
+        told: dict[str, str] = result["refused"]
+        assert told["default"].startswith(f"DataError: target id {PADDED} ")
+        unowned = {key: text for key, text in told.items() if key.endswith("/unowned")}
+        assert len(unowned) == 6
+        for key, text in unowned.items():  # vocab_size, larger than all shards together, does not hide it
+            assert text.startswith(f"DataError: target id {60 * len(ranks[1]) + 19} has log-prob -inf"), (key, text)
+        assert {text for key, text in told.items() if key.endswith("/good")} == {"nothing raised"}
+
+
+@pytest.mark.distributed
+def test_shards_with_an_id_in_common_are_refused_on_every_rank(ranks: tuple[int, list[dict[str, Any]]]) -> None:
+    for result in ranks[1]:
+        told: dict[str, str] = result["refused"]
+        for backend in ("torch", "triton"):
+            for name in ("linear", "logits"):
+                text = told[f"{backend}/{name}/forgotten"]
+                assert text.startswith("ConfigError: vocab_start=0 on rank 1 of the group: ranks 0 and 1 both"), text
+                assert "hold the ids 0 to 59;" in text
+                text = told[f"{backend}/{name}/one in common"]
+                assert "vocab_start=59 on rank 1" in text and "hold the ids 59 to 59;" in text
+
+
+def test_where_nobody_may_look_shared_ids_make_nan() -> None:
+    """The way of CUDA, on a CPU. Empty shards share nothing, wherever they begin."""
+    parts = torch.randn(3, 2, 5)
+    for first, end, bad in (
+        ([0, 60, 60], [60, 60, 90], False),
+        ([60, 10, 0], [90, 10, 60], False),
+        ([0, 59, 60], [60, 60, 90], True),
+        ([0, 0, 0], [30, 30, 30], True),
+    ):
+        borders = [torch.tensor(x, dtype=torch.float32) for x in (first, end)]
+        got = _refuse_overlap(*borders, parts, look=False)
+        assert got.isnan().all() if bad else torch.equal(got, parts)
+        told = refused(lambda borders=borders: _refuse_overlap(*borders, parts, look=True))
+        assert told.startswith("ConfigError: vocab_start=") if bad else told == "nothing raised"
 
 
 if __name__ == "__main__":

@@ -6,8 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megafuse.errors import ConfigError, DataError
+from megafuse.kernels._logprob_torch import TorchRows, _Chunks
+from megafuse.kernels._vocab_softmax import Head
 from megafuse.kernels.logprob import linear_logprobs, linear_logprobs_and_entropy
 from megafuse.testing.kernel_oracle import ULP_BF16, exact_logprobs, hard_head, poisoned_memory, worst
 
@@ -128,13 +131,61 @@ def test_confident_targets_keep_relative_precision(device: torch.device) -> None
     assert want.max() > -1e-9 and torch.allclose(logp.double(), want, rtol=3e-5, atol=0)
 
 
-def test_bfloat16_response_of_512_tokens(device: torch.device) -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_bfloat16_response_of_512_tokens(backend: str, device: torch.device) -> None:
     """Bounds of the contract: 2e-3 a token, 0.05 nat a response; no logit is ever rounded to bfloat16."""
     h, w, targets = (t.to(device) for t in hard_head(512, 640, 64, torch.bfloat16))
-    with torch.no_grad():
-        logp = linear_logprobs(h, w, targets, backend="triton")
-    error = logp.double() - exact_logprobs(h.double() @ w.double().t(), targets)
-    assert error.abs().max() <= 2e-5 and error.sum().abs() <= 1e-3
+    want = exact_logprobs(h.double() @ w.double().t(), targets)
+    for workspace in (1 << 30, 400_000):
+        with torch.no_grad():
+            logp = linear_logprobs(h, w, targets, backend=backend, workspace_bytes=workspace)
+        error = logp.double() - want
+        assert error.abs().max() <= 2e-5 and error.sum().abs() <= 1e-3
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_bfloat16_gradients_in_chunks_with_rows_left_out(
+    softcap: float | None, backend: str, device: torch.device
+) -> None:
+    """torch's gradient of the logits takes the front of their own float32 memory, after gaps in it were closed."""
+    h, w, _ = (t.to(device) for t in hard_head(29, 300, 48, torch.bfloat16, confidence=8.0))
+    index, targets = torch.randint(29, (40,)).to(device), torch.randint(300, (40,), device=device)
+    grad = torch.randn(40, device=device)
+    grad[torch.rand(40) < 0.4] = 0
+    want = exact(h, w, targets, grad, index, softcap=softcap)
+    for workspace in (1 << 30, 16_000, 4_000):
+        hidden, weight = h.clone().requires_grad_(), w.clone().requires_grad_()
+        options: dict[str, Any] = {"softcap": softcap, "backend": backend, "workspace_bytes": workspace}
+        with poisoned_memory():
+            logp = linear_logprobs(hidden, weight, targets, row_index=index.cpu(), **options)
+            logp.backward(grad)
+        assert hidden.grad is not None and weight.grad is not None
+        assert (logp - want[0]).abs().max() <= 1e-5
+        assert worst(hidden.grad, want[2]) < 2 * ULP_BF16 and worst(weight.grad, want[3]) < 3 * ULP_BF16
+
+
+def test_float32_logits_and_upcast_columns_stay_in_the_workspace() -> None:
+    """bfloat16 operands on a CPU: neither all logits nor the weight exist in float32 where the workspace is smaller."""
+    h, w, targets = hard_head(64, 640, 64, torch.bfloat16)
+    workspace = 60_000
+    assert workspace < w.numel() * 4 and workspace < 64 * 640 * 4
+
+    class Wide(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.dtype == torch.float32:
+                self.largest = max(self.largest, out.untyped_storage().nbytes())
+            return out
+
+    with Wide() as seen:
+        linear_logprobs(h.requires_grad_(), w.requires_grad_(), targets, backend="torch", workspace_bytes=workspace)
+    assert 0 < seen.largest <= workspace
+    chunks = _Chunks(h, w, Head(0, 640, 1.0, None, None), workspace)
+    assert chunks.scratch.bytes + chunks.block * 64 * 4 + chunks.size * 640 * 4 <= workspace
+    assert min(64, TorchRows.fit(w, workspace)) <= chunks.size < 64
 
 
 def test_without_a_gradient_nothing_is_stored(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,14 +261,25 @@ def test_no_targets_and_masked_targets(device: torch.device) -> None:
     assert not dh.any() and not dw.any()
 
 
+@pytest.mark.parametrize("tma", [True, False])
 def test_rows_of_exponentials_further_apart_than_2_to_the_31(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
+    tma: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """T x V > 2^31 elements of the workspace; only the pages of three rows are touched."""
+    """T x V > 2^31 elements of the workspace, written through descriptors and (sm_80, unaligned operands) pointers;
+    only the pages of three rows are touched.
+    """
     from megafuse.kernels import _linear_triton
 
     h, w, targets = (t.to(device) for t in hard_head(3, 96, 16, torch.bfloat16, confidence=6.0))
     grad = torch.randn(3, device=device)
+    real = _linear_triton.plan
+
+    def plan(*args: Any) -> Any:
+        tiles = real(*args)
+        small = {} if device.type == "cpu" else {"bn": 128, "stages": 3}  # what pointers are used with
+        return tiles if tma else dataclasses.replace(tiles, tma=False, **small)
+
+    monkeypatch.setattr(_linear_triton, "plan", plan)
     monkeypatch.setattr(_linear_triton, "row_stride", lambda columns: 2**30 + 64)
     logp, _, dh, dw = run(h, w, targets, grad, workspace_bytes=1 << 34)
     want = exact(h, w, targets, grad, torch.arange(3, device=device))

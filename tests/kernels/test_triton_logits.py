@@ -81,7 +81,8 @@ def test_extreme_logits_keep_relative_precision(device: torch.device) -> None:
     assert torch.allclose(dx.double().sum(1), torch.zeros(64, dtype=torch.float64, device=device), atol=1e-5)
 
 
-def test_rows_further_apart_than_2_to_the_31(device: torch.device) -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_rows_further_apart_than_2_to_the_31(backend: str, device: torch.device) -> None:
     """T x V > 2^31 elements: the last row's offset does not fit 32 bits. Only the pages of three rows are touched."""
     stride = 2**30 + 64
     memory = torch.empty(2 * stride + 128, dtype=torch.bfloat16, device=device)
@@ -91,7 +92,7 @@ def test_rows_further_apart_than_2_to_the_31(device: torch.device) -> None:
     expected = exact_logprobs(x, targets)
     leaf = x.detach().requires_grad_()
     logits = leaf.view_as(leaf)
-    logp = vocab_parallel_logprobs(logits, targets, inplace_backward=True, backend="triton")
+    logp = vocab_parallel_logprobs(logits, targets, inplace_backward=True, backend=backend)
     (dx,) = torch.autograd.grad(logp, logits, grad)
     assert worst(logp, expected) < 1e-6
     assert dx.stride(0) == stride and dx.data_ptr() == memory.data_ptr()
