@@ -79,9 +79,9 @@ def segment_logprobs(
     """Per-response sums (or means) of token log-probs, and the number of tokens of each response.
 
     `logp [T]` any float dtype; `segment_ids [T]` int64 or int32 in `[0, num_segments)` in any order, negative ones
-    ignored. Returns `([N], [N] int64)`; the sums are accumulated in float64, then rounded to float32 (unless logp is float64).
-    A segment without tokens has sum, mean and length 0. With `cp_group` every rank passes its own tokens and receives
-    the completed sums; the gradient of the completed sum flows back to each rank's tokens unchanged.
+    ignored. Returns `([N], [N] int64)`; the sums are accumulated in float64, then rounded to float32 (unless logp is
+    float64). A segment without tokens has sum, mean and length 0. With `cp_group` every rank passes its own tokens and
+    receives the completed sums; the gradient of the completed sum flows back to each rank's tokens unchanged.
 
     Raises ConfigError on shapes that do not match and on a `backend` that cannot run, DataError on an id that is too
     large (on CUDA, which would have to be waited for, the Triton kernel makes every sum NaN instead).

@@ -43,7 +43,7 @@ def vocab_parallel_logprobs(
 
     This rank's columns are the ids `vocab_start ...`; `group` holds the other ranks' (shards may be uneven, even
     empty). Ids from `vocab_size` on are padding: outside the softmax, with gradient 0. Logits become
-    `softcap * tanh(logits / softcap) / temperature` first. One all_gather of [3, T] forward, no communication backward.
+    `softcap * tanh(logits / softcap) / temperature` first. One all_gather of [3, T] forward, none backward.
     Shards that overlap (a forgotten `vocab_start`) are a ConfigError on a CPU, and make every log-prob NaN on CUDA.
     `inplace_backward` writes the gradient into the memory of `logits`: a second backward is then refused by autograd.
 
@@ -185,7 +185,7 @@ def prepare(
     check_tensors(hidden=hidden, weight=weight, targets=targets)
     if hidden.shape[1] == 0:
         raise ConfigError(
-            f"hidden {list(hidden.shape)} and weight {list(weight.shape)} have a width H of 0: 1 is needed"
+            f"hidden {list(hidden.shape)} and weight {list(weight.shape)} have width H = 0: at least 1 is needed"
         )
     workspace_bytes = whole("workspace_bytes", workspace_bytes, 1)
     head = make_head(weight.shape[0], vocab_start, vocab_size, tp_group, temperature, softcap)
@@ -229,9 +229,7 @@ def row_map(row_index: Tensor | None, targets: Tensor, sequence: int, device: to
     if row_index.shape != targets.shape:
         raise ConfigError(f"row_index {list(row_index.shape)} must have the shape of targets {list(targets.shape)}")
     if row_index.dtype not in INDEX_TYPES:  # a mask would be read as rows 0 and 1
-        raise ConfigError(
-            f"row_index is {row_index.dtype}: int64 or int32 is needed (for a mask, mask.nonzero()[:, 0])"
-        )
+        raise ConfigError(f"row_index is {row_index.dtype}: int64 or int32 is needed (of a mask: nonzero()[:, 0])")
     rows, inverse = torch.unique(row_index.detach().to("cpu", torch.int64), return_inverse=True)
     if rows.numel() and not 0 <= int(rows[0]) <= int(rows[-1]) < sequence:
         bad = int(rows[0]) if int(rows[0]) < 0 else int(rows[-1])

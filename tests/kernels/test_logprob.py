@@ -377,7 +377,7 @@ def test_whole_floats_are_whole_numbers_and_odd_tensors_are_refused(backend: str
         linear_logprobs(*small, targets, **options)
     with pytest.raises(ConfigError, match=r"logits is torch\.float8_e4m3fn: cast it to bfloat16"):
         vocab_parallel_logprobs(small[0], targets, **options)
-    with pytest.raises(ConfigError, match=r"hidden \[4, 0\] .* width H of 0"):
+    with pytest.raises(ConfigError, match=r"hidden \[4, 0\] .* width H = 0: at least 1"):
         linear_logprobs(hidden[:, :0], weight[:, :0], targets, **options)
 
 

@@ -6,6 +6,7 @@ what it got. One start of the processes serves all cases.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import subprocess
@@ -141,12 +142,12 @@ def refusals(rank: int, world: int, group: Any) -> dict[str, str]:
         }
         good = torch.tensor([5, 60 * world - 1])
         for name, call in calls.items():
-            out[f"{backend}/{name}/good"] = refused(lambda call=call: call(good, rank * size))
-            out[f"{backend}/{name}/unowned"] = refused(lambda call=call: call(good + 20, rank * size))
+            out[f"{backend}/{name}/good"] = refused(functools.partial(call, good, rank * size))
+            out[f"{backend}/{name}/unowned"] = refused(functools.partial(call, good + 20, rank * size))
             if name == "groups":  # rank 0 would wait: each rank checks by itself that shards are equally large
                 continue
-            out[f"{backend}/{name}/forgotten"] = refused(lambda call=call: call(good % 60, 0))
-            out[f"{backend}/{name}/one in common"] = refused(lambda call=call: call(good % 60, rank * (size - 1)))
+            out[f"{backend}/{name}/forgotten"] = refused(functools.partial(call, good % 60, 0))
+            out[f"{backend}/{name}/one in common"] = refused(functools.partial(call, good % 60, rank * (size - 1)))
     return out
 
 
