@@ -96,6 +96,10 @@ class ChunkedStage:
         path = self.folder / "identity.json"
         if _read_json(path) == self._identity:
             return
+        if not self._any_done() and self.output.exists():
+            made = (_read_json(self.manifest_path) or {}).get("identity")
+            if made != self._identity:
+                raise DataError(f"{self.output} exists and was made otherwise: choose another output, or remove it")
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "identity.lock", "a+", encoding="utf-8") as lock:
             for wait in (0.1,) * 20 + (None,):  # jobs that start together take turns; one that works keeps it
@@ -114,8 +118,6 @@ class ChunkedStage:
                 return
             if found is not None and self._any_done():
                 raise self._another_run(found)
-            if self.output.exists() and (_read_json(self.manifest_path) or {}).get("identity") != self._identity:
-                raise DataError(f"{self.output} exists and was made otherwise: choose another output, or remove it")
             write_json_atomic(path, self._identity)
 
     def _any_done(self) -> bool:

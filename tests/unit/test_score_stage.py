@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,6 +165,10 @@ def test_another_runs_chunks_are_refused(tmp_path: Path) -> None:
     write(source, rows(5))
     with pytest.raises(DataError, match="inputs"):
         score(config([source], tmp_path / "out.jsonl"))
+    shutil.rmtree(tmp_path / "out.jsonl.chunks")
+    with pytest.raises(DataError, match="made otherwise"):
+        score(config([source], tmp_path / "out.jsonl"))
+    assert not (tmp_path / "out.jsonl.chunks").exists()
 
 
 def test_a_run_that_made_nothing_does_not_lock_the_output(tmp_path: Path) -> None:
