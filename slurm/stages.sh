@@ -250,8 +250,9 @@ progress() {
 tell_progress() {
   local text
   while sleep "$COMMENT_SECONDS"; do
-    text=$(sed -n 's/.*"step": \([0-9]*\), "total": \([0-9]*\).*/step \1 of \2/p' "$RUN/train/heartbeat.json")
-    [ -z "$text" ] || scontrol update JobId="$SLURM_JOB_ID" Comment="$text"
+    # before the first step there is no heartbeat, and Slurm's controller may be away for a moment: neither ends this
+    text=$(sed -n 's/.*"step": \([0-9]*\), "total": \([0-9]*\).*/step \1 of \2/p' "$RUN/train/heartbeat.json") || continue
+    [ -z "$text" ] || scontrol update JobId="$SLURM_JOB_ID" Comment="$text" || continue
   done
 }
 

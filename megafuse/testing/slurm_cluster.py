@@ -132,8 +132,8 @@ class SlurmCluster:
         return found[1] if found else ""
 
     def comment(self, job: str) -> str:
-        """The comment of a job that is queued or runs, as users see it; empty where there is none."""
-        return self._run("squeue", "-h", "-j", job, "-o", "%k").removeprefix("(null)")
+        """The comment of a job, the last one where it has ended; empty where there is none."""
+        return self._run("squeue", "-h", "-t", "all", "-j", job, "-o", "%k").strip().removeprefix("(null)")
 
     def wait_state(self, job: str, states: str, seconds: float) -> str:
         """Wait until the job is in one of `states` (A|B); returns it."""

@@ -100,7 +100,9 @@ def test_a_flipped_bit_in_one_replica_is_found(inputs: Path, tmp_path: Path) -> 
     assert complete_steps(tmp_path / "bad" / "checkpoints") == [2]
 
 
-@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"pipeline": 2}], ids=["dp2", "tp2", "pp2"])
+@pytest.mark.parametrize(
+    "parallel", [{}, {"tensor": 2}, {"pipeline": 2}, {"context": 2}], ids=["dp2", "tp2", "pp2", "cp2"]
+)
 def test_a_step_that_cannot_be_repeated_is_found(inputs: Path, tmp_path: Path, parallel: dict[str, int]) -> None:
     def settings(name: str, **guard: int) -> TrainConfig:
         model = {"path": inputs / "two_layers"}
