@@ -151,8 +151,9 @@ def test_row_attention_equals_dense_float64(
     push = torch.randn(real, 48, generator=rng)
     (out[:real, 0] * push).sum().backward()
     (want * push).sum().backward()
+    # a query that sees itself alone has no gradient: two equal sums near 10 cancel, of which float32 knows 1e-6 each
     for ours, theirs in zip((q, k, v), wide):
-        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shared", [True, False])
