@@ -114,7 +114,6 @@ def _climb(
             torch.save(huggingface_logits(hf_dir, ids), theirs)
         saved = Path(folder) / "saved" if "save" in rungs else None
         facts: list[LayoutFacts] = []
-        loaded: list[Finding] = []
         for world, names in worlds.items():
             try:
                 found = _at_world(world, (ckpt, hf_dir, names, None if ids is None else ids.tolist(), theirs, saved))
@@ -122,9 +121,8 @@ def _climb(
                 yield Finding("load", ", ".join(names), False, str(error))
                 return
             facts += found
-            loaded += [_loaded(fact) for fact in found]
-            yield from loaded[-len(found) :]
-        if not all(finding.ok for finding in loaded):
+            yield from map(_loaded, found)
+        if any(fact.wrong or fact.direct for fact in facts):
             return
         again = [(fact.layout, partial(_resaved, saved / fact.layout, ckpt)) for fact in facts if saved]
         resaved = [_guarded("save", check, name) for name, check in again]

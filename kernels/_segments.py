@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megafuse.errors import ConfigError, DataError
+from megafuse.kernels._arguments import INDEX_TYPES
 from megafuse.kernels._collectives import gather_ranks
 from megafuse.kernels.backend import choose
 
@@ -88,7 +89,7 @@ def segment_logprobs(
     """
     if normalize not in ("none", "mean"):
         raise ConfigError(f"normalize={normalize!r} is not known: use 'none' or 'mean'")
-    if segment_ids.dtype not in (torch.int32, torch.int64) or segment_ids.device != logp.device:
+    if segment_ids.dtype not in INDEX_TYPES or segment_ids.device != logp.device:
         raise ConfigError(
             f"segment_ids are {segment_ids.dtype} on {segment_ids.device}: int64 or int32 on {logp.device} is needed"
         )

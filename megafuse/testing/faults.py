@@ -12,9 +12,6 @@ def poison_gradient(config: Any, rank: int, step: int, factor: float = float("na
     import torch
     import torch.distributed as dist
 
-    from megafuse.errors import MegafuseError
-    from megafuse.training import loop as training_loop
-    from megafuse.training import run as training_run
     from megafuse.training.step import train_step
 
     seen: dict[str, Any] = {"error": None, "changed": None, "step": 0}
@@ -35,14 +32,24 @@ def poison_gradient(config: Any, rank: int, step: int, factor: float = float("na
         seen["changed"] = not all(torch.equal(a, b) for a, b in zip(before, after))
         return result
 
-    original, training_loop.train_step = training_loop.train_step, poisoned
+    seen["error"] = _error_of(config, poisoned) or None
+    return seen
+
+
+def _error_of(config: Any, train_step: Any) -> str:
+    """Train `config` in the joined world with another `train_step`; the error that this rank saw, or nothing."""
+    from megafuse.errors import MegafuseError
+    from megafuse.training import loop
+    from megafuse.training import run as training_run
+
+    original, loop.train_step = loop.train_step, train_step
     try:
         training_run.train(config)
     except MegafuseError as error:
-        seen["error"] = f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error}"
     finally:
-        training_loop.train_step = original
-    return seen
+        loop.train_step = original
+    return ""
 
 
 def die(rank: int) -> None:
@@ -86,28 +93,19 @@ def flip_bit(config: Any, rank: int, step: int) -> str:
     import torch
     import torch.distributed as dist
 
-    from megafuse.errors import MegafuseError
-    from megafuse.training import loop
-    from megafuse.training import run as training_run
+    from megafuse.training.step import train_step
 
-    original, count = loop.train_step, [0]
+    count = [0]
 
     def flipping(engine: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(engine, *args, **kwargs)
+        result = train_step(engine, *args, **kwargs)
         count[0] += 1
         if count[0] == step and dist.get_rank() == rank:
             param = next(p for n, p in engine.bare[0].named_parameters() if "final_layernorm" in n)
             param.data.view(torch.int32)[0] ^= 1
         return result
 
-    loop.train_step = flipping
-    try:
-        training_run.train(config)
-    except MegafuseError as error:
-        return f"{type(error).__name__}: {error}"
-    finally:
-        loop.train_step = original
-    return ""
+    return _error_of(config, flipping)
 
 
 def glitches(rank: int, runs: list[tuple[Any, int, str]]) -> list[str]:
@@ -116,26 +114,14 @@ def glitches(rank: int, runs: list[tuple[Any, int, str]]) -> list[str]:
     In update `step` (0: none) a bit of what the embedding gives (`where` = forward) or of a gradient (backward) is
     flipped. Returns the error that this rank saw in each run, or nothing.
     """
-    from megafuse.errors import MegafuseError
-    from megafuse.training import loop
-    from megafuse.training import run as training_run
-
-    original, errors = loop.train_step, []
-    for config, step, where in runs:
-        loop.train_step = _wrong_once(original, rank, step, where)
-        try:
-            training_run.train(config)
-            errors.append("")
-        except MegafuseError as error:
-            errors.append(f"{type(error).__name__}: {error}")
-        finally:
-            loop.train_step = original
-    return errors
+    return [_error_of(config, _wrong_once(rank, step, where)) for config, step, where in runs]
 
 
-def _wrong_once(train_step: Any, rank: int, step: int, where: str) -> Any:
+def _wrong_once(rank: int, step: int, where: str) -> Any:
     import torch
     import torch.distributed as dist
+
+    from megafuse.training.step import train_step
 
     count = [0]
     hooks: list[Any] = []
