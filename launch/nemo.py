@@ -35,8 +35,8 @@ def nemo_run() -> Any:
         return importlib.import_module("nemo_run")
     except ImportError as error:
         raise ConfigError(
-            f"via = 'nemo-run' needs NeMo-Run ({error}): run `pip install 'megafuse[launch]'` (which holds leptonai "
-            "below 0.47: newer ones break it), or set --via plain, which needs only sbatch and bash"
+            f"via = 'nemo-run' needs NeMo-Run ({error}): run `pip install -e '.[launch]'` in the repository "
+            "(it holds leptonai below 0.47: newer ones break it), or set --via plain, which needs only sbatch and bash"
         ) from None
 
 

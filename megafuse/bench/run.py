@@ -28,6 +28,7 @@ from megafuse.observe.flops import run_peak_flops
 from megafuse.observe.manifest import utc_now, versions, write_json_atomic
 from megafuse.observe.progress import Progress
 from megafuse.parallel.layouts import check_layout
+from megafuse.parallel.precision import settled
 from megafuse.parallel.topology import Topology, layout, process_groups, world_size_here
 from megafuse.training.optim import wrap_for_training
 
@@ -63,7 +64,8 @@ def bench(config: BenchConfig) -> dict[str, Any] | None:
     check_layout(arch, config.parallel, world_size_here())
     batch = draw_batch(config, read_data(config))
     with process_groups(), layout(config.parallel, seed=config.seed) as topology:
-        return _Bench(config, arch, backend, batch, topology).run()
+        config, why = settled(config, topology)
+        return _Bench(config, arch, backend.at(config.model.precision, why), batch, topology).run()
 
 
 def read_data(config: BenchConfig) -> LengthData:

@@ -44,7 +44,7 @@ def examine() -> list[Finding]:
         ("top-level `kernels`", software.hf_kernels),
         ("Slurm", software.slurm),
         ("machine", hardware.machine),
-        ("CPU", hardware.cpu_features),
+        ("CPU", hardware.cpu_precision),
     ]
     findings = [guarded(name, probe, core=True) for name, probe in core]
     findings += [guarded(name, probe) for name, probe in optional]

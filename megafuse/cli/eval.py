@@ -20,6 +20,7 @@ def run(config: EvalConfig) -> int:
     from megafuse.evals.rank_accuracy import rank_accuracy
     from megafuse.observe.manifest import versions, write_json_atomic
     from megafuse.parallel.quiet import quiet_dependencies
+    from megafuse.reference.cache import began_precision
 
     data = GroupDataset(config.data.dataset)
     if data.kind != "rank":
@@ -33,7 +34,12 @@ def run(config: EvalConfig) -> int:
         logps = run_reference(config, config.out / "logps", "eval")
     if int(os.environ.get("RANK", "0")) == 0:
         result = rank_accuracy(data, logps.logps, logps.lengths)
-        facts = {"model": str(config.model.path), "dataset": str(config.data.dataset), "versions": versions()}
+        facts = {
+            "model": str(config.model.path),
+            "dataset": str(config.data.dataset),
+            "precision": began_precision(config.out / "logps"),
+            "versions": versions(),
+        }
         write_json_atomic(config.out / "accuracy.json", {**result.to_json(), **facts})
         print(json.dumps(result.to_json(), indent=1), file=sys.stdout)
     return 0

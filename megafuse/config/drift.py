@@ -1,6 +1,7 @@
 """A run goes on with the configuration that it began with, or says what has changed."""
 
 import difflib
+from pathlib import Path
 from typing import Any
 
 from megafuse.config.load import dump_toml, load
@@ -30,6 +31,12 @@ FREE = (
     "data.prefix_sharing",
     "optim.distributed",
 )
+
+
+def began_precision(run_dir: Path) -> str | None:
+    """`model.precision` that the run in `run_dir` began with; None where there is no run. Raises ConfigError."""
+    path = run_dir / CONFIG_FILE
+    return load(TrainConfig, path).model.precision if path.is_file() else None
 
 
 def refuse_drift(config: TrainConfig, after_step: int = 0) -> list[dict[str, Any]]:

@@ -42,7 +42,8 @@ class SampleConfig(Config):
     tensor_parallel: int = Field(1, ge=1)
     """vllm: GPUs that share the model."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """vllm: precision of the weights. auto: that of the folder."""
+    """vllm: precision of the weights. auto: that of the folder; float32 on a CPU that emulates bf16; of an output that
+    was begun before, what it began with."""
     max_model_len: int = Field(4096, ge=2)
     """vllm: tokens of a prompt and its response; a prompt that leaves no room for one token is refused beforehand."""
     gpu_memory: float = Field(0.9, gt=0, le=1)

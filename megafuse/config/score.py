@@ -33,7 +33,8 @@ class ScoreConfig(Config):
     max_length: int = Field(4096, ge=2)
     """Tokens of a conversation; a longer one gets no reward (it is never cut)."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Precision of the reward model's weights. auto: bfloat16 on CUDA, float32 elsewhere."""
+    """Precision of the reward model's weights. auto: bfloat16 on a CUDA device that computes it (sm_80 on), else
+    float32; of an output that was begun before, what it began with."""
     device: str = "auto"
     """torch device. auto: the CUDA device of LOCAL_RANK, or the CPU."""
 

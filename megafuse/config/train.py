@@ -70,8 +70,10 @@ class ModelConfig(Config):
 
     path: Path
     """Checkpoint folder written by `megafuse convert import` or by a training run, or a Hugging Face folder."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Parameters and activations; the optimizer always keeps fp32 master weights."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Parameters and activations; the optimizer always keeps fp32 master weights. `auto`: bf16 where the devices of all
+    ranks compute it (CUDA from sm_80 on, CPUs with avx512_bf16, amx_bf16 or Arm's bf16), else fp32; a run that goes on
+    keeps what it began with."""
     attention: Literal["auto", "flex", "sdpa", "te"] = "auto"
     """Core attention: `sdpa` anywhere; `flex` (FlexAttention, CUDA); `te` (Transformer Engine, CUDA, neither prefix
     sharing nor context parallelism). `auto`: flex on CUDA, sdpa elsewhere."""

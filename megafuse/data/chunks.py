@@ -46,6 +46,13 @@ def input_digests(paths: Sequence[Path]) -> list[str]:
     return [file_digest(path) for path in paths]
 
 
+def recorded_setting(output: Path, name: str) -> Any:
+    """Setting `name` of the run whose chunks, or whose finished output, `output` is; None where there is none."""
+    chunks, manifest = output.with_name(f"{output.name}.chunks"), output.with_name(f"{output.name}.manifest.json")
+    identity = _read_json(chunks / "identity.json") or (_read_json(manifest) or {}).get("identity") or {}
+    return identity.get("settings", {}).get(name)
+
+
 @contextlib.contextmanager
 def output_file(path: Path) -> Iterator[IO[bytes]]:
     """A file that is whole or absent; a gzip, always the same for the same bytes, where its name ends with `.gz`."""

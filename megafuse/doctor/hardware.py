@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from megafuse.doctor.finding import Finding
+from megafuse.parallel.precision import BF16_FLAGS, SIZE, bf16_of, cpu_flags, product_seconds
 
 
 def machine() -> Finding:
@@ -16,15 +17,18 @@ def machine() -> Finding:
     return Finding("machine", "ok", f"{cores} cores, {memory / 2**30:.1f} GiB memory")
 
 
-def cpu_features() -> Finding:
-    """Whether bf16 matrix products are native: they decide which precision is fast on a CPU."""
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return Finding("CPU", "ok", "instructions unknown: no /proc/cpuinfo here")
-    lines = [line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))]
-    flags = set(lines[0].partition(":")[2].split()) if lines else set()
-    known = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16")
-    has = [flag for flag in known if flag in flags]
-    native = {"avx512_bf16", "amx_bf16", "bf16"} & flags
-    hint = "" if native else "; bf16 is emulated: on this CPU model.precision = 'fp32' is faster"
-    return Finding("CPU", "ok", (", ".join(has) or "none of " + ", ".join(known)) + hint)
+def cpu_precision() -> Finding:
+    """Which precision is fast on this CPU, by its instructions and by two products, and what `auto` makes of it."""
+    import torch
+
+    flags = cpu_flags() or frozenset()
+    has = [flag for flag in ("avx2", "avx512f", *sorted(BF16_FLAGS)) if flag in flags]
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    rates = {name: 2 * SIZE**3 / product_seconds(dtype) / 1e9 for name, dtype in dtypes.items()}
+    told = ", ".join(f"{name} {rate:.3g} GFLOP/s" for name, rate in rates.items())
+    detail = f"{', '.join(has) or 'instructions unknown'}; products: {told}"
+    support = bf16_of(torch.device("cpu"))
+    if support.native:
+        return Finding("CPU", "ok", f"{detail}; auto trains in bf16: {support.reason}")
+    fix = "nothing, unless a run began in bf16 elsewhere (it keeps it): go on with that one on another machine"
+    return Finding("CPU", "ok", f"{detail}; auto trains in fp32: {support.reason}", fix)

@@ -154,7 +154,7 @@ def optional_package(label: str, distribution: str, statement: str, use: str, in
 
 def transformer_engine() -> Finding:
     """Transformer Engine: imports, and has the CUDA device without which it computes nothing."""
-    install = "pip install --no-build-isolation 'megafuse[te]' (CUDA)"
+    install = "pip install --no-build-isolation -e '.[te]' (in the repository; CUDA)"
     found = optional_package(
         "Transformer Engine",
         "transformer-engine",
@@ -167,11 +167,16 @@ def transformer_engine() -> Finding:
     return found
 
 
+def _extra(name: str) -> str:
+    """How an extra is installed: megafuse itself is on no package index."""
+    return f"pip install -e '.[{name}]' (in the repository)"
+
+
 # name -> distribution, import statement, use, installation
 EXTRAS = {
-    "vLLM": ("vllm", "import vllm", "sampling from source models", "pip install 'megafuse[vllm]'"),
-    "NeMo-Run": ("nemo-run", "import nemo_run", "launching from Python", "pip install 'megafuse[launch]'"),
-    "math-verify": ("math-verify", "import math_verify", "checking math answers", "pip install 'megafuse[math]'"),
+    "vLLM": ("vllm", "import vllm", "sampling from source models", _extra("vllm")),
+    "NeMo-Run": ("nemo-run", "import nemo_run", "launching from Python", _extra("launch")),
+    "math-verify": ("math-verify", "import math_verify", "checking math answers", _extra("math")),
 }
 
 
@@ -191,12 +196,22 @@ def hf_kernels() -> Finding:
 
 
 def slurm() -> Finding:
-    """The scheduler's client programs."""
+    """The scheduler: its client programs, and a controller that answers them."""
     sinfo = shutil.which("sinfo")
     if sinfo is None:
         return Finding("Slurm", "absent", "no sinfo on PATH: slurm/*.sh run on a cluster's login node")
-    done = subprocess.run([sinfo, "--version"], capture_output=True, text=True, timeout=30, check=False)
-    return Finding("Slurm", "ok", done.stdout.strip() or done.stderr.strip())
+    fix = "run on a login node of the cluster, or start slurmctld; `megafuse launch --on local` does without Slurm"
+    try:
+        asked = [sinfo, "--noheader", "--format=%P %D"]
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=False)
+    except subprocess.TimeoutExpired:
+        return Finding("Slurm", "problem", "sinfo has no answer after 30 s: the controller cannot be reached", fix)
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines() or [f"status {done.returncode}"]
+        return Finding("Slurm", "problem", f"sinfo fails: {lines[-1]}"[:300], fix)
+    partitions = done.stdout.split("\n")
+    named = ", ".join(" x ".join(reversed(line.split())) for line in partitions if line.strip())
+    return Finding("Slurm", "ok", f"nodes by partition: {named or 'none'}")
 
 
 def compiler() -> Finding:

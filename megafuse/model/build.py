@@ -1,6 +1,6 @@
 """From a ModelArch and a layout to this rank's part of the model."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -31,11 +31,17 @@ class Backend:
 
     layers: str  # torch | te
     attention: str  # sdpa | flex | te
-    precision: str  # bf16 | fp32
+    precision: str  # bf16 | fp32; auto until the ranks have met, see parallel.precision
     policy: Policy
+    why: str = ""  # the reason for the precision, where it was `auto`
 
     def __str__(self) -> str:
-        return f"layers {self.layers}, attention {self.attention}, {self.precision}, {self.policy}"
+        precision = f"{self.precision} ({self.why})" if self.why else self.precision
+        return f"layers {self.layers}, attention {self.attention}, {precision}, {self.policy}"
+
+    def at(self, precision: str, why: str) -> "Backend":
+        """The same backend with the precision that the ranks have settled on."""
+        return replace(self, precision=precision, why=why)
 
 
 def choose_backend(

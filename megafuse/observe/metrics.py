@@ -245,7 +245,7 @@ class _WandbSink:
         except ImportError:
             raise ConfigError(
                 "observe.wandb asks for Weights & Biases, which is not installed: "
-                "run `pip install 'megafuse[wandb]'`, or switch observe.wandb off"
+                "run `pip install -e '.[wandb]'` in the repository, or switch observe.wandb off"
             ) from None
         name = str(run_dir.resolve())
         identity = {"id": sha256(name.encode()).hexdigest()[:16], "name": run_dir.resolve().name}

@@ -9,7 +9,7 @@ import numpy as np
 
 from megafuse.errors import IntegrityError
 from megafuse.observe.manifest import atomic_file, read_manifest_of, utc_now, versions, write_json_atomic
-from megafuse.reference.digest import require_match
+from megafuse.reference.digest import require_match, settings_precision
 
 FORMAT = "megafuse-reference/1"
 
@@ -81,6 +81,13 @@ def part_name(index: int, parts: int) -> str:
 def is_complete(folder: Path) -> bool:
     """Whether `folder` holds a finished cache."""
     return (folder / "manifest.json").is_file() and bool(read_manifest_of(folder, FORMAT)["complete"])
+
+
+def began_precision(folder: Path) -> str | None:
+    """The precision of the cache, finished or not, in `folder`; None where there is none. Raises IntegrityError."""
+    if not (folder / "manifest.json").is_file():
+        return None
+    return settings_precision(read_manifest_of(folder, FORMAT)["digest"]["settings"])
 
 
 def read_cache(folder: Path, expected: dict[str, str], offsets: np.ndarray, lengths: np.ndarray) -> ReferenceLogps:

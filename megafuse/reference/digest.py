@@ -20,6 +20,11 @@ def settings_text(precision: str) -> str:
     return f"sum of response tokens, temperature 1.0, {precision}"
 
 
+def settings_precision(settings: str) -> str:
+    """The precision in a `settings_text`."""
+    return settings.rpartition(", ")[2]
+
+
 def reference_digest(checkpoint: Path, data_manifest: dict[str, Any], *, precision: str) -> dict[str, str]:
     """The key of the reference log-probs of `checkpoint` on a data set. Layout-independent."""
     return {
@@ -38,8 +43,11 @@ def require_match(expected: dict[str, str], found: dict[str, str], where: Path) 
     wrong = [part for part in PARTS if expected[part] != found.get(part)]
     if wrong:
         lines = [f"  {part}: {PARTS[part]}: cache {found.get(part)!r}, this run {expected[part]!r}" for part in wrong]
+        other = settings_precision(found.get("settings", ""))
+        advice = f"\nset model.precision = {other!r} to use it, or " if wrong == ["settings"] else "\n"
         raise IntegrityError(
             f"reference cache {where} does not belong to this run; these parts differ:\n"
             + "\n".join(lines)
-            + "\nwrite a new one with `megafuse reference`, or leave reference.path empty to compute it in the run"
+            + advice
+            + "write a new one with `megafuse reference`, or leave reference.path empty to compute it in the run"
         )

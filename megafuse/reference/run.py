@@ -1,5 +1,6 @@
 """A forward-only run over a data set, on every rank: what `megafuse reference` and `megafuse eval` share."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -11,8 +12,9 @@ from megafuse.data.rows import check_vocabulary, row_planner
 from megafuse.model.arch import read_arch
 from megafuse.model.build import build_model, choose_backend
 from megafuse.parallel.layouts import check_layout
+from megafuse.parallel.precision import settled
 from megafuse.parallel.topology import layout, process_groups, world_size_here
-from megafuse.reference.cache import ReferenceLogps, is_complete, read_cache
+from megafuse.reference.cache import ReferenceLogps, began_precision, is_complete, read_cache
 from megafuse.reference.compute import write_reference
 from megafuse.reference.digest import reference_digest
 
@@ -33,6 +35,10 @@ def run_reference(config: ReferenceRunConfig | EvalConfig, folder: Path, name: s
     planner = row_planner(config, data, arch, world_size_here(), backend)
     flat, offsets = data.response_lengths
     with process_groups(), layout(config.parallel) as topology:
+        config, why = settled(config, topology, lambda: began_precision(folder))
+        backend = backend.at(config.model.precision, why)
+        if topology.rank == 0:
+            print(f"world {topology.world_size} on {topology.device.type}, {backend}", file=sys.stderr, flush=True)
         digest = topology.on_rank_zero(
             lambda: reference_digest(config.model.path, data.manifest, precision=config.model.precision)
         )

@@ -8,15 +8,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megafuse.config.score import ScoreConfig
-from megafuse.data.chunks import ChunkedStage, Record, input_digests
+from megafuse.data.chunks import ChunkedStage, Record, input_digests, recorded_setting
 from megafuse.errors import ConfigError
 from megafuse.observe.manifest import atomic_file
+from megafuse.parallel.precision import bf16_of
 from megafuse.rewards.join import join
 from megafuse.rewards.sandbox import Limits
 from megafuse.rewards.verify import Update, Verifier
+
+if TYPE_CHECKING:
+    import torch
 
 Scorer = Callable[[Sequence[Record]], list[list[Update]]]
 Progress = Callable[[int, int], None]
@@ -46,6 +50,7 @@ def score(config: ScoreConfig, progress: Progress | None = None) -> ScoreResult:
         ConfigError: a verifier or reward model cannot be used.
         DataError: bad input, a NaN score, another run's chunks, two jobs on one chunk. Finished chunks are kept.
     """
+    config = _settled(config)
     records = join(config.inputs, config.prompts)
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     job, jobs = config.job * ranks + rank, config.jobs * ranks
@@ -69,6 +74,33 @@ def score(config: ScoreConfig, progress: Progress | None = None) -> ScoreResult:
     if complete and config.compare:
         _write_disagreements(config, records, rows)
     return ScoreResult(made, complete, counts, stage.damaged)
+
+
+def _settled(config: ScoreConfig) -> ScoreConfig:
+    """`config` with the `dtype` of a reward model that runs here; that of the chunks that are there already."""
+    if config.dtype != "auto" or config.reward not in ("armorm", "classifier"):
+        return config
+    dtype = recorded_setting(config.output, "dtype")
+    if dtype is None:
+        device = _device(config.device)
+        dtype = "bfloat16" if device.type == "cuda" and bf16_of(device).native else "float32"
+    return config.model_copy(update={"dtype": dtype})
+
+
+def _device(name: str) -> "torch.device":
+    """The torch device of that name, `auto` resolved. Raises ConfigError where it cannot be used."""
+    import torch
+
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:  # AssertionError: this torch is built without CUDA
+        there = ", ".join(["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))])
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise ConfigError(f"device = {name!r} cannot be used ({reason}); there is {there}") from None
+    return device
 
 
 def _identity(config: ScoreConfig) -> dict[str, Any]:
@@ -123,24 +155,13 @@ def _reward_model(config: ScoreConfig) -> Scorer:
     from megafuse.rewards.models import RewardModel
 
     assert config.model is not None, "ScoreConfig requires it"
-    name = config.device
-    if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:  # AssertionError: this torch is built without CUDA
-        there = ", ".join(["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))])
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise ConfigError(f"device = {name!r} cannot be used ({reason}); there is {there}") from None
-    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     return RewardModel(
         config.reward,
         config.model,
         batch_tokens=config.batch_tokens,
         max_length=config.max_length,
-        dtype=getattr(torch, dtype),
-        device=device,
+        dtype=getattr(torch, config.dtype),
+        device=_device(config.device),
     )
 
 

@@ -50,8 +50,8 @@ class Verifier:
                 import math_verify  # noqa: F401
             except ImportError:
                 raise ConfigError(
-                    "mathematics answers are compared with math-verify: pip install 'megafuse[math]', or verify = "
-                    '"none"'
+                    "mathematics answers are compared with math-verify: pip install -e '.[math]' in the "
+                    'repository, or verify = "none"'
                 ) from None
         if "code" in kinds:
             self._sandbox = Sandbox(self.limits, unsafe=self.unsafe)

@@ -102,8 +102,8 @@ class VllmEngine:
             from vllm import LLM
         except ImportError as e:
             raise ConfigError(
-                f'engine = "vllm" needs vLLM, and {sys.executable} has none that works ({e}): pip install '
-                "'megafuse[vllm]' in an environment of its own, or engine = \"server\""
+                f'engine = "vllm" needs vLLM, and {sys.executable} has none that works ({e}): pip install -e '
+                "'.[vllm]' (in the repository, with an environment of its own), or engine = \"server\""
             ) from None
         self.llm = LLM(
             str(folder),

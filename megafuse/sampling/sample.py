@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from megafuse.config.sample import SampleConfig
-from megafuse.data.chunks import ChunkedStage, Record, input_digests, read_raw
+from megafuse.data.chunks import ChunkedStage, Record, input_digests, read_raw, recorded_setting
 from megafuse.errors import DataError
+from megafuse.parallel.precision import bf16_of
 from megafuse.rewards.score import model_fingerprint
 from megafuse.sampling.client import ChatClient
 from megafuse.sampling.engines import Engine, Generated, Request, ServerEngine, VllmEngine
@@ -89,6 +90,7 @@ def sample(
         DataError: bad prompts, another run's chunks, two jobs on one chunk. Finished chunks are kept.
         ServerError: the server gave up. Finished chunks are kept.
     """
+    config = _settled(config)
     records = read_prompts(config)
     stage = ChunkedStage(
         config.output, _identity(config), records, chunk=config.chunk, job=config.job, jobs=config.jobs
@@ -160,6 +162,19 @@ def make_engine(config: SampleConfig) -> Engine:
         cpu_cache_gib=config.cpu_cache_gib,
         chat_template=config.chat_template,
     )
+
+
+def _settled(config: SampleConfig) -> SampleConfig:
+    """`config` with the `dtype` that vLLM gets here; that of the chunks that are there already."""
+    if config.dtype != "auto" or config.engine != "vllm":
+        return config
+    dtype = recorded_setting(config.output, "dtype")
+    if dtype is None:
+        import torch
+
+        emulated = not torch.cuda.is_available() and not bf16_of(torch.device("cpu")).native
+        dtype = "float32" if emulated else "auto"
+    return config.model_copy(update={"dtype": dtype})
 
 
 def _identity(config: SampleConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from megafuse.checkpoint.folder import complete_steps
 from megafuse.checkpoint.keeper import Keeper
 from megafuse.checkpoint.lock import RunLock, acquire
 from megafuse.checkpoint.saver import Saver
-from megafuse.config.drift import refuse_drift
+from megafuse.config.drift import began_precision, refuse_drift
 from megafuse.config.train import TrainConfig
 from megafuse.data.dataset import GroupDataset
 from megafuse.data.rows import RowPlanner, check_vocabulary, row_planner
@@ -21,6 +21,7 @@ from megafuse.losses.registry import Loss, make_loss
 from megafuse.model.arch import ModelArch, read_arch
 from megafuse.model.build import Backend, build_model, choose_backend
 from megafuse.parallel.layouts import check_layout
+from megafuse.parallel.precision import settled
 from megafuse.parallel.topology import Topology, layout, process_groups, world_size_here
 from megafuse.parallel.tp_overlap import user_buffers
 from megafuse.reference.cache import ReferenceLogps, is_complete, read_cache
@@ -54,7 +55,8 @@ def train(config: TrainConfig) -> Path:
     check_layout(arch, config.parallel, world_size_here())
     planner = row_planner(config, data, arch, world_size_here(), backend)
     with process_groups(), layout(config.parallel, seed=config.seed) as topology:
-        return _Run(config, arch, data, loss, backend, planner, topology).run()
+        config, why = settled(config, topology, lambda: began_precision(config.run_dir))
+        return _Run(config, arch, data, loss, backend.at(config.model.precision, why), planner, topology).run()
 
 
 def check_data(data: GroupDataset, arch: ModelArch, loss: Loss) -> None:

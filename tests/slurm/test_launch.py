@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
 NEMO = os.environ.get("MEGAFUSE_NEMO_PYTHON") or (sys.executable if find_spec("nemo_run") else "")
 needs_nemo = pytest.mark.skipif(
-    not NEMO, reason="no NeMo-Run: pip install 'megafuse[launch]', or set MEGAFUSE_NEMO_PYTHON (scripts/ci_launch.sh)"
+    not NEMO, reason="no NeMo-Run: pip install -e '.[launch]', or set MEGAFUSE_NEMO_PYTHON (scripts/ci_launch.sh)"
 )
 THROUGH = [pytest.param("nemo-run", marks=needs_nemo), "plain"]
 

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megafuse.cli.main import main
-from megafuse.doctor import software
+from megafuse.doctor import hardware, software
 from megafuse.doctor.finding import Finding, guarded, try_import
+from megafuse.parallel.precision import bf16_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -123,3 +125,45 @@ def test_transformer_engine_that_is_there_but_broken(tmp_path: Path, monkeypatch
     importlib.invalidate_caches()
     found = software.transformer_engine()
     assert found.status == "problem" and "2.9: OSError: libcuda.so.1" in found.detail
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "words"),
+    [
+        ("echo 'sinfo: error: one'; echo 'slurm_load_partitions: Unable to contact slurm controller' >&2; exit 1",
+         "problem", "sinfo fails: slurm_load_partitions: Unable to contact slurm controller"),
+        ("exit 3", "problem", "sinfo fails: status 3"),
+        ("echo 'gpu* 4'; echo 'cpu 12'", "ok", "nodes by partition: 4 x gpu*, 12 x cpu"),
+    ],
+)  # fmt: skip
+def test_a_slurm_that_does_not_answer_is_unusable_in_one_line(
+    script: str, status: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sinfo").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    found = software.slurm()
+    assert (found.status, found.detail) == (status, words)
+    assert ("--on local" in found.fix) == (status == "problem")
+
+
+def test_the_cpu_line_says_what_auto_does_here() -> None:
+    found = hardware.cpu_precision()
+    native = bf16_of(torch.device("cpu")).native
+    assert f"auto trains in {'bf16' if native else 'fp32'}" in found.detail and "GFLOP/s" in found.detail
+    assert bool(found.fix) != native
+
+
+def test_what_can_be_installed_is_named_as_a_checkout_installs_it() -> None:
+    """Nothing tells anyone to install `megafuse[...]` by name: no package index has it."""
+    extras = tomllib_extras()
+    for label, extra in software.EXTRAS.items():
+        name = extra[-1].partition(".[")[2].partition("]")[0]
+        assert name in extras, label
+    for path in [*(ROOT / "megafuse").rglob("*.py"), *(ROOT / "docs").glob("*.md"), ROOT / "README.md"]:
+        assert "pip install 'megafuse[" not in path.read_text(), path
+
+
+def tomllib_extras() -> set[str]:
+    tomllib = pytest.importorskip("tomllib")
+    return set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])

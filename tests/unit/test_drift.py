@@ -12,7 +12,7 @@ from megafuse.errors import ConfigError
 
 def config(run: Path, **changes: Any) -> TrainConfig:
     sections: dict[str, dict[str, Any]] = {
-        "model": {"path": "model"},
+        "model": {"path": "model", "precision": "bf16"},
         "data": {"dataset": "data"},
         "loss": {"name": "dpo", "beta": 0.3},
         "optim": {"lr": 1e-3},

@@ -145,7 +145,7 @@ def test_without_nemo_run_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setitem(sys.modules, "nemo_run", None)
     assert main(["launch", "fusepo_llama8b", "--model", "m", "--data", "d", "--run", str(tmp_path / "r")]) == 2
     told = capsys.readouterr().err
-    assert "pip install 'megafuse[launch]'" in told and "--via plain" in told
+    assert "pip install -e '.[launch]'" in told and "--via plain" in told
     assert not (tmp_path / "r").exists()
 
 

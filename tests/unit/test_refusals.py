@@ -137,7 +137,7 @@ def test_wrong_kind_and_wrong_vocabulary(tmp_path: Path) -> None:
 
 
 def test_transformer_engine_is_refused_where_it_cannot_run() -> None:
-    chosen = str(choose_backend(ModelConfig(path=Path("x")), prefix_sharing=True))
+    chosen = str(choose_backend(ModelConfig(path=Path("x"), precision="bf16"), prefix_sharing=True))
     assert chosen == "layers torch, attention sdpa, bf16, overlap none"
     with pytest.raises(ConfigError, match="'flex' trains on CUDA only"):
         choose_backend(ModelConfig(path=Path("x"), attention="flex"), prefix_sharing=True)
