@@ -1,22 +1,55 @@
 """The quick start over several seeds and data sets: rank accuracies before and after each stage, as one JSON file.
 
-python bench/quickstart.py --seeds 0 1 2 --out bench/results/quickstart_cpu.json
-python bench/quickstart.py --data scored.jsonl.gz --seeds 0 --out bench/results/quickstart_cpu.json
+python bench/quickstart.py --seeds 0 1 2 --out bench/results/quickstart_cpu_fp32.json
+python bench/quickstart.py --data scored.jsonl.gz --seeds 0 --out bench/results/quickstart_cpu_fp32.json
 """
 
 import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
+
 from megafuse.observe.manifest import read_json, utc_now, versions, write_json_atomic
+from megafuse.parallel.precision import bf16_of
 
 RUN = Path(__file__).resolve().parents[1] / "examples" / "quickstart" / "run.py"
+
+
+class Peak(threading.Thread):
+    """The most memory that a process and its children hold together, in GiB: shared pages count once (PSS)."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.root, self.gib = psutil.Process(pid), 0.0
+
+    def run(self) -> None:
+        """Look twice a second, until the process ends."""
+        while self.root.is_running() and self.root.status() != psutil.STATUS_ZOMBIE:
+            total = 0
+            for process in [self.root, *self.root.children(recursive=True)]:
+                try:
+                    total += process.memory_full_info().pss
+                except (psutil.NoSuchProcess, psutil.ZombieProcess):
+                    continue
+            self.gib = max(self.gib, total / 2**30)
+            time.sleep(0.5)
+
+
+def cpu_name() -> str:
+    """The processor's name, and the instructions that decide its fast precision."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"model name\s*: (.*)", text)
+    return f"{name[1] if name else platform.processor() or platform.machine()} ({bf16_of(torch.device('cpu')).reason})"
 
 
 def one(data: Path | None, seed: int, flags: list[str]) -> dict[str, Any]:
@@ -26,7 +59,11 @@ def one(data: Path | None, seed: int, flags: list[str]) -> dict[str, Any]:
     fresh = not folder.exists()  # a run that only finishes an earlier one has no time of its own
     start = time.monotonic()
     line = [sys.executable, str(RUN), "--seed", str(seed), "--run", str(folder), *flags]
-    subprocess.run([*line, *(["--data", str(data)] if data else [])], check=True)
+    process = subprocess.Popen([*line, *(["--data", str(data)] if data else [])])
+    peak = Peak(process.pid)
+    peak.start()
+    if process.wait():
+        raise SystemExit(f"the quick start ended with {process.returncode}")
     summary = json.loads((folder / "summary.json").read_text())
     sizes = {kind: read_json(folder / "data" / kind / "manifest.json") for kind in ("sft", "pair", "rank")}
     prompts = {kind: {"prompts": m["groups"], "tokens": m["tokens"]} for kind, m in sizes.items()}
@@ -34,6 +71,7 @@ def one(data: Path | None, seed: int, flags: list[str]) -> dict[str, Any]:
         **summary,
         "data": name,
         "minutes": round((time.monotonic() - start) / 60, 1) if fresh else None,
+        "peak_memory_gib": round(peak.gib, 2),
         "sizes": prompts,
     }
 
@@ -46,11 +84,14 @@ def main() -> int:
     args, flags = parser.parse_known_args()
     runs = [one(args.data, seed, flags) for seed in args.seeds]
     kept = [r for r in (read_json(args.out)["runs"] if args.out.exists() else []) if r["data"] != runs[0]["data"]]
-    device = {"machine": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))}
+    device = {"machine": cpu_name(), "cores": len(os.sched_getaffinity(0))}
     write_json_atomic(args.out, {"created": utc_now(), "device": device, "versions": versions(), "runs": kept + runs})
     for run in runs:
         line = ", ".join(f"{s['stage']} {s['intra']:.3f}" for s in run["stages"])
-        print(f"{run['data']} seed {run['seed']}: intra-rank accuracy {line} ({run['minutes']} minutes)")
+        print(
+            f"{run['data']} seed {run['seed']}: intra-rank accuracy {line} ({run['minutes']} minutes, "
+            f"{run['peak_memory_gib']} GiB)"
+        )
     return 0
 
 

