@@ -107,6 +107,17 @@ class Topology:
         dist.barrier()
 
 
+def has_gloo_groups() -> bool:
+    """Whether the layout gave its data-parallel groups gloo twins. On CUDA it does not. Call it inside `layout`."""
+    from megatron.core import parallel_state
+
+    try:
+        twin = parallel_state.get_data_parallel_group_gloo(with_context_parallel=True, partial_data_parallel=True)
+    except AssertionError:  # how mcore says that there is none
+        return False
+    return twin is not None
+
+
 def world_size_here() -> int:
     """Processes of this job, known before any process group starts."""
     if dist.is_initialized():

@@ -13,6 +13,7 @@ from megatron.core.utils import get_model_config
 
 from megafuse.config.train import OptimConfig
 from megafuse.parallel.policy import Policy
+from megafuse.parallel.topology import has_gloo_groups
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def wrap_for_training(model: list[Any], config: OptimConfig, policy: Policy, *, 
             use_distributed_optimizer=config.distributed,
         ),
         ddp,
+        use_gloo_process_groups=has_gloo_groups(),  # by name: its place differs between versions of mcore
     )
     core.finalize_model_grads_func = _finalize
     core.grad_scale_func = None
