@@ -72,7 +72,8 @@ def compare_logits(ckpt: str | Path, hf_dir: str | Path, *, tokens: int | None =
     arch, parallel = read_arch(ckpt), ParallelConfig()
     ids = random_tokens(arch, tokens or default_tokens(arch), seed)
     theirs = huggingface_logits(Path(hf_dir), ids)
-    backend = choose_backend(ModelConfig(path=Path(ckpt), precision="fp32", attention="sdpa"), prefix_sharing=True)
+    settings = ModelConfig(path=Path(ckpt), precision="fp32", attention="sdpa")
+    backend = choose_backend(settings, head_dim=arch.head_dim, prefix_sharing=True)
     with process_groups(), layout(parallel) as topology:
         from megafuse.checkpoint.state import load_model
 
@@ -126,9 +127,8 @@ def mcore_logits(
     from megafuse.model.build import choose_backend
     from megafuse.training.step import forward_rows
 
-    backend = choose_backend(
-        ModelConfig(path=Path(), precision="fp32", attention="sdpa"), parallel, prefix_sharing=True
-    )
+    settings = ModelConfig(path=Path(), precision="fp32", attention="sdpa")
+    backend = choose_backend(settings, parallel, head_dim=arch.head_dim, prefix_sharing=True)
     shape = row_shape(parallel, 1, backend)
     multiple = shape.multiple
     tokens = ids.numpy().astype(np.int32)

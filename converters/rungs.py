@@ -65,7 +65,7 @@ def _at_layout(
     from megafuse.parallel.topology import layout
 
     settings = ModelConfig(path=ckpt, precision="fp32", attention="sdpa")
-    backend = choose_backend(settings, parallel, prefix_sharing=True)
+    backend = choose_backend(settings, parallel, head_dim=arch.head_dim, prefix_sharing=True)
     with layout(parallel) as topology:
         model = build_model(arch, parallel, topology, backend)
         _forget(model)

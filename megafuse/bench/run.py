@@ -57,6 +57,7 @@ def bench(config: BenchConfig) -> dict[str, Any] | None:
     backend = choose_backend(
         config.model,
         config.parallel,
+        head_dim=arch.head_dim,
         prefix_sharing=True in config.sharing,
         overlap=config.overlap,
         distributed_optimizer=config.distributed_optimizer,

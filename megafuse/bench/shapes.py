@@ -37,8 +37,8 @@ def _shape(
 
 
 SHAPES: dict[str, ModelArch] = {
-    "tiny": _shape(4, 48, 96, (6, 2), 120, head_dim=8, tied=True),
-    "tiny-moe": _shape(4, 48, 96, (6, 2), 120, head_dim=12, qk_norm=True, experts=(8, 2, 32)),
+    "tiny": _shape(4, 48, 96, (6, 2), 120, head_dim=16, tied=True),
+    "tiny-moe": _shape(4, 48, 96, (6, 2), 120, head_dim=16, qk_norm=True, experts=(8, 2, 32)),
     "smollm2-135m": _shape(30, 576, 1536, (9, 3), 49152, head_dim=64, tied=True),
     "llama-3.2-1b": _shape(16, 2048, 8192, (32, 8), 128256, head_dim=64, tied=True),
     "llama-3.2-3b": _shape(28, 3072, 8192, (24, 8), 128256, tied=True),
@@ -49,7 +49,7 @@ SHAPES: dict[str, ModelArch] = {
     "qwen3-8b": _shape(36, 4096, 12288, (32, 8), 151936, qk_norm=True),
     "qwen3-30b-a3b": _shape(48, 2048, 6144, (32, 4), 151936, qk_norm=True, experts=(128, 8, 768)),
 }
-"""Name -> sizes. `tiny` and `tiny-moe` are for trying a layout in seconds."""
+"""Name -> sizes. `tiny` and `tiny-moe` are for trying a layout in seconds, with heads as narrow as flex takes."""
 
 
 def resolve_shape(path: Path) -> ModelArch:

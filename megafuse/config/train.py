@@ -76,7 +76,7 @@ class ModelConfig(Config):
     keeps what it began with."""
     attention: Literal["auto", "flex", "sdpa", "te"] = "auto"
     """Core attention: `sdpa` anywhere; `flex` (FlexAttention, CUDA); `te` (Transformer Engine, CUDA, neither prefix
-    sharing nor context parallelism). `auto`: flex on CUDA, sdpa elsewhere."""
+    sharing nor context parallelism). `auto`: flex on CUDA for heads of at least 16 dimensions, else sdpa."""
     layers: Literal["auto", "torch", "te"] = "auto"
     """Norms and linear layers: `te` where Transformer Engine is usable on CUDA, else mcore's own (`torch`)."""
     recompute: Literal["none", "selective", "full"] = "none"

@@ -184,7 +184,9 @@ class _Lab:
 
         config = self.config
         settings = ModelConfig(path=self.model, precision=config.precision)
-        backend = choose_backend(settings, parallel, prefix_sharing=True, distributed_optimizer=distributed)
+        backend = choose_backend(
+            settings, parallel, head_dim=self.arch.head_dim, prefix_sharing=True, distributed_optimizer=distributed
+        )
         with layout(parallel) as topology:
             model = build_model(self.arch, parallel, topology, backend)
             load_model(model, topology, self.model)

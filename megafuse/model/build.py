@@ -22,6 +22,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh}
+FLEX_HEAD_DIM = 16  # torch's compiled flex_attention refuses narrower heads (seen in 2.11 and 2.13)
 DDP_SWITCHES = ("overlap_grad_reduce", "overlap_param_gather")  # the rest of a Policy is the model's
 
 
@@ -48,11 +49,12 @@ def choose_backend(
     config: ModelConfig,
     parallel: ParallelConfig | None = None,
     *,
+    head_dim: int,
     prefix_sharing: bool,
     overlap: OverlapConfig | None = None,
     distributed_optimizer: bool = False,
 ) -> Backend:
-    """Resolve `auto` by what is installed and usable.
+    """Resolve `auto` by what is installed and usable. head_dim: width of one of the model's heads.
 
     Raises:
         ConfigError: a backend that is not usable, that cannot do what the data or the layout ask for, or an overlap
@@ -72,10 +74,8 @@ def choose_backend(
             f"model.attention = 'te' cannot attend over rows dealt to parallel.context = {parallel.context} ranks; "
             f"use 'auto', or parallel.context = 1"
         )
-    if config.attention == "flex" and not cuda:
-        raise ConfigError("model.attention = 'flex' trains on CUDA only; use 'sdpa' or 'auto'")
+    attention = choose_attention(config.attention, head_dim, cuda=cuda)
     layers = "te" if config.layers == "te" or (config.layers == "auto" and usable) else "torch"
-    attention = config.attention if config.attention != "auto" else "flex" if cuda else "sdpa"
     policy = resolve_policy(
         overlap or OverlapConfig(),
         parallel,
@@ -84,6 +84,25 @@ def choose_backend(
         te_layers=layers == "te",
     )
     return Backend(layers, attention, config.precision, policy)
+
+
+def choose_attention(asked: str, head_dim: int, *, cuda: bool) -> str:
+    """Core attention for heads of width `head_dim`: `asked`; `auto` is flex on CUDA where it can be, else sdpa.
+
+    Raises:
+        ConfigError: `flex` without CUDA, or for heads that it does not take.
+    """
+    wide = head_dim >= FLEX_HEAD_DIM
+    if asked == "auto":
+        return "flex" if cuda and wide else "sdpa"
+    if asked == "flex" and not cuda:
+        raise ConfigError("model.attention = 'flex' trains on CUDA only; use 'sdpa' or 'auto'")
+    if asked == "flex" and not wide:
+        raise ConfigError(
+            f"model.attention = 'flex' needs heads of at least {FLEX_HEAD_DIM} dimensions, this model's have "
+            f"{head_dim} (head_dim in its config.json); use 'sdpa' or 'auto'"
+        )
+    return asked
 
 
 def te_usable() -> bool:

@@ -30,7 +30,7 @@ def run_reference(config: ReferenceRunConfig | EvalConfig, folder: Path, name: s
     data = GroupDataset(config.data.dataset)
     check_vocabulary(data, arch)
     sharing = config.data.prefix_sharing
-    backend = choose_backend(config.model, config.parallel, prefix_sharing=sharing)
+    backend = choose_backend(config.model, config.parallel, head_dim=arch.head_dim, prefix_sharing=sharing)
     check_layout(arch, config.parallel, world_size_here())
     planner = row_planner(config, data, arch, world_size_here(), backend)
     flat, offsets = data.response_lengths

@@ -19,7 +19,8 @@ def load_compare_save(hf_dir: Path, ckpt: Path, layouts: dict[str, dict[str, Any
 
     counts = {}
     arch = read_arch(ckpt)
-    backend = choose_backend(ModelConfig(path=ckpt, precision="bf16"), prefix_sharing=True)
+    settings = ModelConfig(path=ckpt, precision="bf16")
+    backend = choose_backend(settings, head_dim=arch.head_dim, prefix_sharing=True)
     for name, fields in layouts.items():
         parallel = ParallelConfig(**fields)
         with layout(parallel) as topology:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megafuse.testing.tiny import (
+    head_width,
     tiny_settings,
     write_tiny_llama,
     write_tiny_model,
@@ -23,7 +24,7 @@ def write_tiny_qwen2(
     *,
     seed: int,
     layers: int = 4,
-    hidden: int = 48,
+    hidden: int | None = None,
     heads: int = 6,
     kv_heads: int = 2,
     vocab: int = 120,
@@ -41,7 +42,7 @@ def write_tiny_mistral(
     *,
     seed: int,
     layers: int = 4,
-    hidden: int = 48,
+    hidden: int | None = None,
     heads: int = 6,
     kv_heads: int = 2,
     vocab: int = 120,
@@ -60,7 +61,7 @@ def write_tiny_mixtral(
     *,
     seed: int,
     layers: int = 4,
-    hidden: int = 48,
+    hidden: int | None = None,
     heads: int = 6,
     kv_heads: int = 2,
     vocab: int = 120,
@@ -89,7 +90,7 @@ def write_tiny_gemma2(
     hidden: int = 48,
     heads: int = 6,
     kv_heads: int = 2,
-    head_dim: int = 12,
+    head_dim: int | None = None,
     vocab: int = 120,
     tied: bool = True,
     window: int = WINDOW,
@@ -101,7 +102,7 @@ def write_tiny_gemma2(
 
     config = Gemma2Config(
         **tiny_settings(layers, hidden, heads, kv_heads, vocab, tied),
-        head_dim=head_dim,
+        head_dim=head_dim or head_width(12),
         sliding_window=window,
         attn_logit_softcapping=attention_softcap,
         final_logit_softcapping=final_softcap,

@@ -31,7 +31,10 @@ def next_token_logps(checkpoint: Path, parallel: dict[str, Any], tokens: list[in
     group = Group(0, "x", ids[:1], (ids[1:],), ("x",), np.zeros(1), np.zeros((0, 1), np.int32), np.zeros(0))
     fp32, bf16 = (
         choose_backend(
-            ModelConfig(path=checkpoint, layers="torch", attention="sdpa", precision=p), config, prefix_sharing=True
+            ModelConfig(path=checkpoint, layers="torch", attention="sdpa", precision=p),
+            config,
+            head_dim=arch.head_dim,
+            prefix_sharing=True,
         )
         for p in ("fp32", "bf16")
     )

@@ -87,7 +87,7 @@ def _look(ckpt: Path, hf_dir: Path, name: str, saved: Path | None) -> Flavours:
 
     arch, (parallel, _) = read_arch(ckpt), parse_layout(name)
     settings = ModelConfig(path=ckpt, precision="fp32", layers="torch", attention="sdpa")
-    backend = choose_backend(settings, parallel, prefix_sharing=True)
+    backend = choose_backend(settings, parallel, head_dim=arch.head_dim, prefix_sharing=True)
     with layout(parallel) as topology:
         plain = _shards(model_state(build_model(arch, parallel, topology, backend), topology))
         with te_on_cpu():

@@ -15,7 +15,7 @@ def write_tiny_llama(
     *,
     seed: int,
     layers: int = 4,
-    hidden: int = 48,
+    hidden: int | None = None,
     heads: int = 6,
     kv_heads: int = 2,
     vocab: int = 120,
@@ -42,8 +42,26 @@ def write_tiny_llama(
     return write_tiny_model(LlamaForCausalLM(config), folder, seed)
 
 
-def tiny_settings(layers: int, hidden: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> dict[str, Any]:
-    """What the configurations of the families share; MLPs are twice as wide as the model."""
+def head_width(narrow: int) -> int:
+    """Width of a tiny model's heads: `narrow`, and where there is CUDA at least what its attention (flex) takes."""
+    from megafuse.model.build import FLEX_HEAD_DIM
+
+    return max(narrow, FLEX_HEAD_DIM) if has_cuda() else narrow
+
+
+def has_cuda() -> bool:
+    """Whether models are for a CUDA device."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def tiny_settings(layers: int, hidden: int | None, heads: int, kv_heads: int, vocab: int, tied: bool) -> dict[str, Any]:
+    """What the configurations of the families share; MLPs are twice as wide as the model.
+
+    hidden: None is 48, and where there is CUDA as much as heads that flex takes need.
+    """
+    hidden = hidden or heads * head_width(48 // heads)
     return {
         "vocab_size": vocab,
         "hidden_size": hidden,
@@ -118,7 +136,7 @@ def write_tiny_qwen3(
     hidden: int = 48,
     heads: int = 6,
     kv_heads: int = 2,
-    head_dim: int = 12,
+    head_dim: int | None = None,
     vocab: int = 120,
     tied: bool = True,
 ) -> Path:
@@ -128,7 +146,9 @@ def write_tiny_qwen3(
     """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    config = Qwen3Config(**tiny_settings(layers, hidden, heads, kv_heads, vocab, tied), head_dim=head_dim)
+    config = Qwen3Config(
+        **tiny_settings(layers, hidden, heads, kv_heads, vocab, tied), head_dim=head_dim or head_width(12)
+    )
     return write_tiny_model(Qwen3ForCausalLM(config), folder, seed)
 
 
@@ -140,7 +160,7 @@ def write_tiny_qwen3_moe(
     hidden: int = 48,
     heads: int = 6,
     kv_heads: int = 2,
-    head_dim: int = 12,
+    head_dim: int | None = None,
     vocab: int = 120,
     tied: bool = False,
     experts: int = 8,
@@ -156,7 +176,7 @@ def write_tiny_qwen3_moe(
 
     config = Qwen3MoeConfig(
         **tiny_settings(layers, hidden, heads, kv_heads, vocab, tied),
-        head_dim=head_dim,
+        head_dim=head_dim or head_width(12),
         num_experts=experts,
         num_experts_per_tok=experts_per_token,
         moe_intermediate_size=expert_width,

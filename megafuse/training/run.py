@@ -48,6 +48,7 @@ def train(config: TrainConfig) -> Path:
     backend = choose_backend(
         config.model,
         config.parallel,
+        head_dim=arch.head_dim,
         prefix_sharing=config.data.prefix_sharing,
         overlap=config.overlap,
         distributed_optimizer=config.optim.distributed,

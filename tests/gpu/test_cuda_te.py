@@ -37,7 +37,7 @@ def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     arch, parallel = read_arch(hf), ParallelConfig()
     ids = random_tokens(arch, TOKENS, seed)
     settings = ModelConfig(path=tmp_path / "ckpt", precision="fp32", layers="te", attention="sdpa")
-    backend = choose_backend(settings, parallel, prefix_sharing=True)
+    backend = choose_backend(settings, parallel, head_dim=arch.head_dim, prefix_sharing=True)
     with process_groups(), layout(parallel) as topology:
         model = build_model(arch, parallel, topology, backend)
         load_model(model, topology, tmp_path / "ckpt")

@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 
+from megafuse.bench.shapes import SHAPES
 from megafuse.config.loss import LossConfig
 from megafuse.config.train import ModelConfig, OverlapConfig, ParallelConfig
 from megafuse.data.dataset import GroupDataset
 from megafuse.errors import ConfigError, DataError
 from megafuse.launch.environment import world_from_environment
 from megafuse.losses.registry import make_loss
-from megafuse.model.arch import ModelArch
-from megafuse.model.build import choose_backend
+from megafuse.model.arch import ModelArch, read_arch
+from megafuse.model.build import choose_attention, choose_backend
 from megafuse.parallel.layouts import check_layout, describe, nearest, workable
 from megafuse.parallel.policy import Policy, resolve_policy
+from megafuse.testing.families import WRITERS
 from megafuse.testing.parity import Lab
 from megafuse.testing.tiny import write_tiny_dataset
 from megafuse.training.run import check_data, train
@@ -137,13 +139,31 @@ def test_wrong_kind_and_wrong_vocabulary(tmp_path: Path) -> None:
 
 
 def test_transformer_engine_is_refused_where_it_cannot_run() -> None:
-    chosen = str(choose_backend(ModelConfig(path=Path("x"), precision="bf16"), prefix_sharing=True))
+    chosen = str(choose_backend(ModelConfig(path=Path("x"), precision="bf16"), head_dim=64, prefix_sharing=True))
     assert chosen == "layers torch, attention sdpa, bf16, overlap none"
     with pytest.raises(ConfigError, match="'flex' trains on CUDA only"):
-        choose_backend(ModelConfig(path=Path("x"), attention="flex"), prefix_sharing=True)
+        choose_backend(ModelConfig(path=Path("x"), attention="flex"), head_dim=64, prefix_sharing=True)
     for field in ("layers", "attention"):
         with pytest.raises(ConfigError, match="megafuse doctor"):
-            choose_backend(ModelConfig.model_validate({"path": "x", field: "te"}), prefix_sharing=False)
+            choose_backend(ModelConfig.model_validate({"path": "x", field: "te"}), head_dim=64, prefix_sharing=False)
+
+
+def test_attention_follows_the_device_and_the_width_of_the_heads() -> None:
+    """torch's compiled flex_attention takes no heads below 16 dimensions; what is said of CUDA is asked here."""
+    chosen = {(cuda, d): choose_attention("auto", d, cuda=cuda) for cuda in (True, False) for d in (8, 12, 15, 16, 128)}
+    assert {where for where, kind in chosen.items() if kind == "flex"} == {(True, 16), (True, 128)}
+    assert choose_attention("sdpa", 8, cuda=True) == "sdpa" and choose_attention("flex", 16, cuda=True) == "flex"
+    with pytest.raises(ConfigError, match=r"model.attention = 'flex' .* 16 .* have 8 .*use 'sdpa' or 'auto'"):
+        choose_attention("flex", 8, cuda=True)
+
+
+def test_what_is_trained_to_check_cuda_has_heads_that_flex_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megafuse.testing.tiny.has_cuda", lambda: True)
+    written = {name: read_arch(write(tmp_path / name, seed=1)) for name, write in WRITERS.items()}
+    for name, arch in {**written, **{name: SHAPES[name] for name in ("tiny", "tiny-moe")}}.items():
+        assert choose_attention("auto", arch.head_dim, cuda=True) == "flex", name
 
 
 def test_world_of_torchrun_of_a_slurm_step_and_alone() -> None:
