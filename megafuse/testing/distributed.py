@@ -14,6 +14,9 @@ from typing import Any
 
 from megafuse.parallel.topology import process_groups
 
+# What nearly every rank imports, some seven seconds of a core: the server that ranks are forked from does it once.
+PRELOADED = ("megafuse.training.run", "megafuse.testing.gradients", "transformers.models.llama.modeling_llama")
+
 
 class WorkerFailed(AssertionError):
     """A worker process raised or died; the message holds its rank and traceback."""
@@ -24,6 +27,9 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
 
     `function` must be importable by name in a fresh process (tests keep theirs in `megafuse.testing`), its results
     picklable. A calling program needs the `if __name__ == "__main__"` guard. One rank runs in the calling process.
+    Other ranks are processes that only import: they are forked from a server that has done so and nothing else (one a
+    calling program, which it ends with), with the caller's environment of now. All share one seed of hashes, which
+    ranks under torchrun do not.
 
     Raises:
         WorkerFailed: a rank raised (with its traceback), died, or missed the deadline; all processes are gone then.
@@ -31,11 +37,13 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
     if world_size == 1:
         with process_groups():
             return [function(*args)]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    environment = dict(os.environ)  # the server keeps the one in which it was started
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
         processes = [
-            context.Process(target=_worker, args=(send, rank, world_size, folder, timeout, function, args))
+            context.Process(target=_worker, args=(send, rank, world_size, folder, timeout, environment, function, args))
             for rank, (_, send) in enumerate(pipes)
         ]
         try:
@@ -70,13 +78,21 @@ def _results(pipes: Sequence[Connection], timeout: float) -> list[Any]:
 
 
 def _worker(
-    pipe: Connection, rank: int, world: int, folder: str, timeout: float, function: Callable[..., Any], args: Any
+    pipe: Connection,
+    rank: int,
+    world: int,
+    folder: str,
+    timeout: float,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    args: Any,
 ) -> None:
     import torch
     import torch.distributed as dist
 
+    os.environ.clear()
+    os.environ.update({"OMP_NUM_THREADS": "1", **environment})
     torch.set_num_threads(1)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     store = dist.FileStore(str(Path(folder) / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
     try:
