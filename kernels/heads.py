@@ -55,6 +55,8 @@ def fused_loss(name: str, sums: ResponseSums, terms: Terms, **settings: Any) -> 
     losses, values, entropy = _Fused.apply(sums.logps, terms, len(names), launch)
     metrics = dict(zip(names, values.unbind(0)))
     metrics.pop("", None)  # a metric that this call does not have
+    if terms.counted is not None:
+        entropy = torch.stack((entropy[:, 0], entropy[:, 1] * terms.counted), 1)
     metrics["weight_entropy"] = entropy.sum(0)
     if name == "wrpo":
         weight = values[0, 1]

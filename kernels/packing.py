@@ -1,7 +1,8 @@
 """Packs prompt groups into token rows, and one global batch onto data parallel ranks.
 
-A group is one prompt with all of its responses. It is the unit of the loss, so it is never split, neither here nor by
-anything that uses a plan of this module. The work is done in C++ (`csrc/`), without the GIL.
+A group is one prompt with all of its responses, or a part of it that the loss does not join with the rest (see
+`megafuse.data.parts`). What is packed here as one group is never split. The work is done in C++ (`csrc/`), without
+the GIL.
 
 Plans are deterministic: they depend on the arguments only, equal sizes are ordered by index, and costs are compared as
 integers. So every rank can compute the plan of a batch on its own, and all of them agree.

@@ -14,8 +14,10 @@ import torch.distributed as dist
 from megafuse.bench.breakdown import PARTS, Timeline, instrumented
 from megafuse.bench.memory import peak_bytes, reset_peak
 from megafuse.bench.synthetic import SyntheticGroups
+from megafuse.data.parts import groups_of
 from megafuse.data.rows import BatchPlan, RowPlanner, build_row
 from megafuse.data.shard import local_row
+from megafuse.data.types import Part
 from megafuse.errors import NonFiniteError
 from megafuse.losses.registry import Loss
 from megafuse.parallel.topology import Topology
@@ -61,7 +63,7 @@ class Stepper:
             timeline.enter("host")
         plan = self.planner.plan(np.arange(len(self.groups)))
         lengths = plan.lengths[self.topology.dp_rank]
-        rows = [self._row(groups, length) for groups, length in zip(plan.rows[self.topology.dp_rank], lengths)]
+        rows = [self._row(parts, length) for parts, length in zip(plan.rows[self.topology.dp_rank], lengths)]
         if timeline:
             timeline.leave("host")
         result = train_step(
@@ -80,8 +82,8 @@ class Stepper:
             )
         return plan
 
-    def _row(self, groups: np.ndarray, length: int) -> RowInput:
-        row = build_row([self.groups[int(g)] for g in groups], prefix_sharing=self.prefix_sharing, row_tokens=length)
+    def _row(self, parts: tuple[Part, ...], length: int) -> RowInput:
+        row = build_row(groups_of(self.groups, parts), prefix_sharing=self.prefix_sharing, row_tokens=length)
         reference = None
         if self.loss.needs_reference:  # what a model that knows nothing says: -ln(vocabulary) a token
             counts = torch.bincount(row.target_response, minlength=row.num_responses)

@@ -37,6 +37,14 @@ class SyntheticGroups:
         return flat, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
     @property
+    def term_members(self) -> tuple[np.ndarray, np.ndarray]:
+        """(members of all terms [E] int64 as positions over all responses, offsets [M + 1] int64 of each term)."""
+        _, offsets = self.response_lengths
+        flat = (offsets[:-1, None, None] + self._members.astype(np.int64)).reshape(-1)  # no term is padded
+        width = self._members.shape[1]
+        return flat, np.arange(0, len(flat) + 1, width)
+
+    @property
     def group_lengths(self) -> np.ndarray:
         """Tokens of each group with its prompt counted once: the tokens that are needed. [N] int64."""
         return self.prompt_lengths + np.array([sum(lengths) for lengths in self._responses], dtype=np.int64)

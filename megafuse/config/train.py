@@ -92,9 +92,10 @@ class DataConfig(Config):
     """Tokens that groups are packed into a row (one micro-batch) up to."""
     max_group_tokens: int | None = Field(None, ge=8)
     """A longer group is refused. Up to here a group above max_row_tokens makes the rows of its step that long.
-    None: 4 x max_row_tokens."""
+    None: 4 x max_row_tokens. Without prefix sharing this is about the parts of a group (see prefix_sharing)."""
     prefix_sharing: bool = True
-    """Compute a prompt once for all of its responses (exact). Off: every response carries its own copy."""
+    """Compute a prompt once for all of its responses (exact). Off: every response carries its own copy, and a row need
+    hold what one term of the loss combines, not a whole group: less memory, more time."""
 
     @model_validator(mode="after")
     def _groups_fill_rows(self) -> "DataConfig":

@@ -170,6 +170,19 @@ class GroupDataset:
             counts.append(np.diff(outer))
         return _concatenate(flat), np.concatenate([[0], np.cumsum(_concatenate(counts))]).astype(np.int64)
 
+    @cached_property
+    def term_members(self) -> tuple[np.ndarray, np.ndarray]:
+        """(members of all terms [E] int64 as positions over all responses, offsets [M + 1] int64 of each term)."""
+        flat, sizes = [], []
+        start = np.split(self.response_offsets[:-1], self._starts[1:-1])
+        for b, first in zip(self._batches, start):
+            outer = b.members.offsets
+            inner = b.members.inner.offsets[outer[0] : outer[-1] + 1]
+            of_term = np.repeat(first, np.diff(outer))
+            flat.append(b.members.inner.values[inner[0] : inner[-1]] + np.repeat(of_term, np.diff(inner)))
+            sizes.append(np.diff(inner))
+        return _concatenate(flat), np.concatenate([[0], np.cumsum(_concatenate(sizes))]).astype(np.int64)
+
     @property
     def response_offsets(self) -> np.ndarray:
         """Where the responses of each group start in a flat array over all responses. [N + 1] int64."""

@@ -1,4 +1,4 @@
-"""Groups to rows: the plan of a global batch over the data-parallel ranks, and the tensors of one row.
+"""Groups, or parts of them, to rows: the plan of a global batch over the data-parallel ranks, and a row's tensors.
 
 The plan is the same on every rank, so every rank knows the exact denominator of the global batch without asking.
 """
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from megafuse.config.train import ParallelConfig
 from megafuse.data.dataset import GroupDataset
-from megafuse.data.types import Group
+from megafuse.data.parts import Parts, data_parts
+from megafuse.data.types import Group, Part
 from megafuse.errors import ConfigError, DataError
 from megafuse.kernels.group_loss import Blocks
 from megafuse.kernels.packing import group_tokens, pack_batch
@@ -25,7 +26,7 @@ from megafuse.observe.flops import flops_per_pair, flops_per_token, layer_pairs
 
 @dataclass(frozen=True)
 class Row:
-    """One packed row: a micro-batch. t tokens, n responses of g groups, r response tokens."""
+    """One packed row: a micro-batch. t tokens, n responses of g groups (or parts of groups), r response tokens."""
 
     tokens: Tensor  # [1, t] int64
     positions: Tensor  # [t] int64, restarting at each sequence (after the prompt where prefixes are shared)
@@ -35,8 +36,7 @@ class Row:
     target_response: Tensor  # [r] int64 in [0, n)
     rewards: Tensor  # [n] float32
     terms: Terms
-    groups: tuple[int, ...]  # g positions in the data set
-    responses: tuple[int, ...]  # g numbers of responses
+    parts: tuple[Part, ...]  # g: which responses of which group of the data set
     blocks: Blocks  # where the LM head may cut the row, and the targets of each response on each context-parallel rank
     idle: bool  # some response has no weight in any term
 
@@ -52,17 +52,15 @@ class Row:
         # target_rows stays on the host: the LM head looks at it there, and a copy back would stop the stream
         names = ("tokens", "positions", "layout", "targets", "target_response", "rewards")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        terms = Terms(
-            self.terms.members.to(device), self.terms.weights.to(device), self.terms.group.to(device), len(self.groups)
-        )
-        return Row(**{**vars(self), **moved, "terms": terms})
+        return Row(**{**vars(self), **moved, "terms": self.terms.to(device)})
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Rows of one optimizer step: `rows[rank][i]` are the groups of that rank's i-th micro-batch."""
+    """Rows of one optimizer step: `rows[rank][i]` is what that rank's i-th micro-batch holds: with prefix sharing whole
+    groups, else parts of them (`data.parts`), so that a group may lie in several rows."""
 
-    rows: tuple[tuple[np.ndarray, ...], ...]
+    rows: tuple[tuple[tuple[Part, ...], ...], ...]
     lengths: tuple[tuple[int, ...], ...]  # places of each row, padding included
     groups: int
     useful_tokens: int  # prompts once, and responses
@@ -89,9 +87,9 @@ class RowShape:
     count_multiple: int = 1
     """Rows a rank are made a multiple of it: the interleaved schedule takes micro-batches in turns of the stages."""
     lengths: RowLengths = "own"
-    """own: each row is as long as its groups. padded: the rows of a rank get the length of its longest. stage: pipeline
-    stages exchange tensors, and learning each one's shape costs a message, so padded, unless that wastes more than 2%.
-    fixed: always the longest that is allowed."""
+    """own: each row is as long as what it holds. padded: the rows of a rank get the length of its longest. stage:
+    pipeline stages exchange tensors, and learning each one's shape costs a message, so padded, unless that wastes more
+    than 2%. fixed: always the longest that is allowed."""
 
 
 class RowPlanner:
@@ -107,24 +105,25 @@ class RowPlanner:
         max_group_tokens: int | None = None,
         shape: RowShape = RowShape(),
     ) -> None:
-        """Groups up to `max_group_tokens` (None: `max_row_tokens`) are packed; one above `max_row_tokens` makes the
-        rows of its step as long as it needs, where rows are not of fixed length.
+        """What is packed are groups, without prefix sharing their parts, of up to `max_group_tokens` (None:
+        `max_row_tokens`) tokens; one above `max_row_tokens` makes the rows of its step as long as it needs, where rows
+        are not of fixed length.
 
         Raises:
-            DataError: when a group is longer than that.
+            DataError: when one is longer than that.
         """
-        flat, offsets = data.response_lengths
-        lengths = (data.prompt_lengths, flat, offsets)
+        self.parts = data_parts(data, prefix_sharing=prefix_sharing)
+        lengths = part_lengths(data, self.parts)
         self.shape = shape
         self.budget = max_row_tokens // shape.multiple * shape.multiple
         longest = max_row_tokens if shape.lengths == "fixed" else max(max_group_tokens or 0, max_row_tokens)
         limit = longest // shape.multiple * shape.multiple
         self.useful = data.group_lengths
-        self.tokens = group_tokens(*lengths, prefix_sharing=prefix_sharing)
+        self.tokens = part_tokens(data, self.parts, prefix_sharing=prefix_sharing)
         self.pairs = layer_pairs(arch, *lengths, prefix_sharing=prefix_sharing)
         self.cost = self.tokens * float(flops_per_token(arch)) + self.pairs * float(flops_per_pair(arch))
         # a shared prompt's last place predicts the first token of every response: one row of logits for all
-        shared = np.diff(offsets) - 1 if prefix_sharing else 0
+        shared = np.diff(data.response_lengths[1]) - 1 if prefix_sharing else 0
         self.head_rows = self.useful - data.prompt_lengths - shared
         if self.budget == 0:
             raise ConfigError(
@@ -133,27 +132,37 @@ class RowPlanner:
             )
         if len(self.tokens) and self.tokens.max() > limit:
             worst = int(self.tokens.argmax())
+            group, own = self.parts[worst]
+            what = "" if prefix_sharing else f" for its responses {', '.join(map(str, own))}, which a term combines,"
             name = "data.max_row_tokens" if limit == self.budget else "data.max_group_tokens"
             raise DataError(
-                f"group {worst} (prompt_id {data[worst].prompt_id!r}) needs {self.tokens[worst]} tokens in one row, "
-                f"{name} allows {limit}; raise it, or build the data set with fewer or shorter "
-                f"responses a prompt" + ("" if prefix_sharing else ", or set data.prefix_sharing = true")
+                f"group {group} (prompt_id {data[group].prompt_id!r}) needs {self.tokens[worst]} tokens in one row"
+                f"{what or ','} {name} allows {limit}; raise it, or build the data set with "
+                f"{'fewer or shorter responses a prompt' if len(own) > 1 else 'a smaller max_length'}"
             )
 
     def plan(self, groups: np.ndarray) -> BatchPlan:
         """Rows of one global batch `groups` [b] (positions in the data set)."""
-        longest = int(self.tokens[groups].max(initial=1))
+        parts = self.parts.of(groups)
+        longest = int(self.tokens[parts].max(initial=1))
         budget = max(self.budget, self._round(longest))
-        packed = pack_batch(self.tokens[groups], self.cost[groups], budget, self.shape.dp_size)
+        packed = pack_batch(self.tokens[parts], self.cost[parts], budget, self.shape.dp_size)
         count = -(-len(packed[0]) // self.shape.count_multiple) * self.shape.count_multiple
-        rows = tuple(tuple(groups[row] for row in self._split(list(rank), groups, count)) for rank in packed)
-        totals = (int(x[groups].sum()) for x in (self.useful, self.tokens, self.head_rows, self.pairs))
-        return BatchPlan(rows, tuple(self._lengths(rank, budget) for rank in rows), len(groups), *totals)
+        rows = [[parts[row] for row in self._split(list(rank), parts, count)] for rank in packed]
+        return BatchPlan(
+            rows=tuple(tuple(tuple(self.parts[int(p)] for p in row) for row in rank) for rank in rows),
+            lengths=tuple(self._lengths(rank, budget) for rank in rows),
+            groups=len(groups),
+            useful_tokens=int(self.useful[groups].sum()),
+            model_tokens=int(self.tokens[parts].sum()),
+            head_rows=int(self.head_rows[groups].sum()),
+            pairs=int(self.pairs[parts].sum()),
+        )
 
     def _round(self, tokens: int) -> int:
         return -(-max(tokens, 1) // self.shape.multiple) * self.shape.multiple
 
-    def _lengths(self, rank: tuple[np.ndarray, ...], budget: int) -> tuple[int, ...]:
+    def _lengths(self, rank: list[np.ndarray], budget: int) -> tuple[int, ...]:
         own = [self._round(int(self.tokens[row].sum())) for row in rank]
         if self.shape.lengths == "fixed":
             return (budget,) * len(own)
@@ -161,9 +170,9 @@ class RowPlanner:
         wasteful = sum(padded) > 1.02 * sum(own)
         return tuple(own) if self.shape.lengths == "own" or (self.shape.lengths == "stage" and wasteful) else padded
 
-    def _split(self, rank: list[np.ndarray], groups: np.ndarray, count: int) -> list[np.ndarray]:
+    def _split(self, rank: list[np.ndarray], parts: np.ndarray, count: int) -> list[np.ndarray]:
         """`rank` with its longest rows halved until there are `count`; empty rows where no row can be halved."""
-        tokens = self.tokens[groups]
+        tokens = self.tokens[parts]
         while len(rank) < count:
             split = [i for i, row in enumerate(rank) if len(row) > 1]
             if not split:
@@ -175,6 +184,16 @@ class RowPlanner:
                 min(halves, key=lambda half: int(tokens[half].sum())).append(g)
             rank += [np.array(sorted(half), np.int64) for half in halves]
         return rank
+
+
+def part_lengths(data: Any, parts: Parts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(prompt tokens of each part [U], response tokens [R], offsets [U + 1]): the lengths of parts as of groups."""
+    return data.prompt_lengths[parts.groups], data.response_lengths[0][parts.responses], parts.offsets
+
+
+def part_tokens(data: Any, parts: Parts, *, prefix_sharing: bool) -> np.ndarray:
+    """Tokens that each part takes in a row. [U] int64."""
+    return group_tokens(*part_lengths(data, parts), prefix_sharing=prefix_sharing)
 
 
 def check_vocabulary(data: GroupDataset, arch: ModelArch) -> None:
@@ -241,7 +260,7 @@ class _RowBuilder:
 
 
 def build_row(groups: Sequence[Group], *, prefix_sharing: bool, row_tokens: int) -> Row:
-    """The tensors of one row of whole groups, padded at its end to `row_tokens`.
+    """The tensors of one row of groups, or parts of them, padded at its end to `row_tokens`.
 
     The token before a response predicts its first token: the prompt's last token, so with prefix sharing that place
     serves every response of the group.
@@ -291,9 +310,9 @@ def build_row(groups: Sequence[Group], *, prefix_sharing: bool, row_tokens: int)
             torch.from_numpy(weight),
             _ints(term_group),
             len(groups),
+            torch.tensor([group.counted for group in groups], dtype=torch.bool),
         ),
-        groups=tuple(group.index for group in groups),
-        responses=tuple(len(group.responses) for group in groups),
+        parts=tuple(group.part for group in groups),
         blocks=Blocks(torch.tensor([lengths], dtype=torch.int64), block_sizes(flat.numpy(), count)),
         idle=len(np.setdiff1d(np.arange(count), flat.numpy()[weight > 0])) > 0,
     )

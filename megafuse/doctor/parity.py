@@ -21,7 +21,8 @@ from megafuse.config.loss import LossConfig
 from megafuse.config.parity import ParityConfig
 from megafuse.config.train import ModelConfig, OptimConfig, ParallelConfig
 from megafuse.data.dataset import GroupDataset
-from megafuse.data.rows import RowPlanner, RowShape, row_shape
+from megafuse.data.parts import data_parts
+from megafuse.data.rows import RowPlanner, RowShape, part_tokens, row_shape
 from megafuse.errors import ConfigError
 from megafuse.losses.registry import make_loss
 from megafuse.model.arch import ModelArch, read_arch
@@ -210,9 +211,9 @@ class _Lab:
                     )  # fmt: skip
 
     def _planner(self, data: GroupDataset, shared: bool, split: str, shape: RowShape) -> RowPlanner:
-        prompts = data.prompt_lengths * (1 if shared else np.diff(data.response_offsets))
-        longest = int((prompts + data.group_lengths - data.prompt_lengths).max())
-        most = longest * len(data) + shape.multiple
+        parts = data_parts(data, prefix_sharing=shared)
+        tokens = part_tokens(data, parts, prefix_sharing=shared)
+        longest, most = int(tokens.max()), int(tokens.sum()) + shape.multiple * len(tokens)
         return RowPlanner(
             data, self.arch, max_row_tokens=max(longest, shape.multiple) if split == "many" else most,
             max_group_tokens=most, prefix_sharing=shared, shape=shape,

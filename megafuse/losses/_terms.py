@@ -87,10 +87,14 @@ def metric(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def weight_entropy(terms: Terms) -> Tensor:
-    """Entropy -sum w ln w of the term weights of each group, in nats; one unit of weight a group that has terms."""
+    """Entropy -sum w ln w of the term weights of each group, in nats; one unit of weight a group that has terms.
+
+    A group whose terms lie in several rows is counted in one of them (`Terms.counted`); its entropy is the sum of all.
+    """
     own = terms.group == torch.arange(terms.num_groups, device=terms.group.device)[:, None]
     entropy = torch.where(own, torch.special.entr(terms.weights.detach().double()), 0.0).sum(1)
-    return metric(entropy, own.any(1))
+    counted = own.any(1) if terms.counted is None else own.any(1) & terms.counted
+    return torch.stack((entropy.sum(), counted.double().sum()))
 
 
 def preference_metrics(

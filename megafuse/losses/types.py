@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -34,6 +35,15 @@ class Terms:
     weights: Tensor  # [m]; those of a group sum to 1
     group: Tensor  # [m] int64 in [0, num_groups)
     num_groups: int  # g
+    counted: Tensor | None = None
+    """[g] bool: where a metric is one number a group, whether the group counts here. A group whose terms lie in several
+    rows counts where its first term does. None: all do."""
+
+    def to(self, device: torch.device) -> "Terms":
+        """The same terms on `device`."""
+        counted = None if self.counted is None else self.counted.to(device)
+        members, weights, group = self.members.to(device), self.weights.to(device), self.group.to(device)
+        return Terms(members, weights, group, self.num_groups, counted)
 
     def __post_init__(self) -> None:
         m = self.members.shape[0]

@@ -7,6 +7,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from megafuse.data.parts import response_places
+from megafuse.data.types import Part
 from megafuse.errors import IntegrityError
 from megafuse.observe.manifest import atomic_file, read_manifest_of, utc_now, versions, write_json_atomic
 from megafuse.reference.digest import require_match, settings_precision
@@ -23,10 +25,9 @@ class ReferenceLogps:
     lengths: np.ndarray  # [R] int64
     offsets: np.ndarray  # [N + 1] int64: responses of group i are offsets[i]:offsets[i + 1]
 
-    def of_groups(self, groups: tuple[int, ...]) -> np.ndarray:
-        """Log-probs of the responses of `groups`, one behind the other. [n] float64."""
-        parts = [self.logps[self.offsets[g] : self.offsets[g + 1]] for g in groups]
-        return np.concatenate(parts) if parts else np.zeros(0)
+    def of_parts(self, parts: tuple[Part, ...]) -> np.ndarray:
+        """Log-probs of the responses of `parts`, one behind the other. [n] float64."""
+        return self.logps[response_places(self.offsets, parts)]
 
 
 class CacheWriter:

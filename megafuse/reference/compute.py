@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megafuse.data.dataset import GroupDataset
+from megafuse.data.parts import groups_of, response_places
 from megafuse.data.rows import Row, RowPlanner, build_row
 from megafuse.data.shard import local_row
 from megafuse.kernels.logprob import segment_logprobs
@@ -42,8 +43,8 @@ def score_groups(
         plan = planner.plan(np.arange(first, stop))
         lengths = plan.lengths[topology.dp_rank]
         rows = [
-            build_row([data[int(g)] for g in groups], prefix_sharing=prefix_sharing, row_tokens=length)
-            for groups, length in zip(plan.rows[topology.dp_rank], lengths)
+            build_row(groups_of(data, parts), prefix_sharing=prefix_sharing, row_tokens=length)
+            for parts, length in zip(plan.rows[topology.dp_rank], lengths)
         ]
         with torch.no_grad():
             outputs = forward_rows(
@@ -56,8 +57,8 @@ def score_groups(
         result = torch.zeros(2, int(offsets[stop] - offsets[first]), dtype=torch.float64)
         if topology.is_reporter:
             for row, output in zip(rows, outputs):
-                places = np.concatenate([np.arange(offsets[g], offsets[g + 1]) for g in row.groups] or [np.zeros(0)])
-                result[:, torch.from_numpy(places.astype(np.int64)) - int(offsets[first])] = output.cpu()
+                places = response_places(offsets, row.parts) - int(offsets[first])
+                result[:, torch.from_numpy(places)] = output.cpu()
         result = topology.sum_over_world(result).cpu()
         yield part, result[0].numpy(), result[1].numpy().astype(np.int64)
     for chunk in model:

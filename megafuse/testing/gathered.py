@@ -69,7 +69,7 @@ def _train(job: Job) -> Seen:
     original = loop.train_step
 
     def looking(engine: Any, topology: Any, loss: Any, rows: Any, **kwargs: Any) -> Any:
-        mine = [int(g) for item in rows for g in item.row.groups]
+        mine = [part.group for item in rows for part in item.row.parts if part.responses[0] == 0]
         reports = _from_all(mine if topology.tp_rank == topology.cp_rank == topology.pp_rank == 0 else [])
         seen.batches.append(sorted(g for report in reports for g in report))
         if job.step + len(seen.batches) == last:

@@ -15,6 +15,7 @@ from megafuse.checkpoint.state import model_state
 from megafuse.config.loss import LossConfig
 from megafuse.converters.plan import Plan
 from megafuse.data.dataset import GroupDataset
+from megafuse.data.parts import groups_of, response_places
 from megafuse.data.rows import RowPlanner, build_row
 from megafuse.data.shard import local_row
 from megafuse.data.types import Group
@@ -123,10 +124,9 @@ def layout_facts(
     plan = planner.plan(np.arange(len(data)))
     offsets, lengths = data.response_offsets, plan.lengths[topology.dp_rank]
     rows = []
-    for groups, length in zip(plan.rows[topology.dp_rank], lengths):
-        row = build_row([data[int(g)] for g in groups], prefix_sharing=prefix_sharing, row_tokens=length)
-        own = [ref[offsets[g] : offsets[g + 1]] for g in row.groups]
-        frozen = torch.from_numpy(np.concatenate([np.zeros(0), *own])).to(topology.device)
+    for parts, length in zip(plan.rows[topology.dp_rank], lengths):
+        row = build_row(groups_of(data, parts), prefix_sharing=prefix_sharing, row_tokens=length)
+        frozen = torch.from_numpy(ref[response_places(offsets, parts)]).to(topology.device)
         rows.append(RowInput(local_row(row, topology.cp_rank, topology.cp_size).to(topology.device), frozen))
     over = loop.batch_denominator(loss, data, plan)
     outputs = backward(engine, topology, loss, rows, lengths=lengths, denominator=over, progress=PROGRESS)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megafuse.data.types import Part
 from megafuse.errors import IntegrityError
 from megafuse.reference.cache import CacheWriter, is_complete, part_name, read_cache
 from megafuse.reference.digest import PARTS
@@ -28,8 +29,9 @@ def test_parts_come_back_in_data_set_order(tmp_path: Path) -> None:
     write(tmp_path / "ref", values).finish()
     cache = read_cache(tmp_path / "ref", DIGEST, OFFSETS, LENGTHS)
     assert np.array_equal(cache.logps, values)
-    assert np.array_equal(cache.of_groups((3, 0)), np.concatenate([values[6:10], values[0:2]]))
-    assert cache.of_groups(()).shape == (0,)
+    parts = (Part(3, (0, 1, 2, 3)), Part(0, (0, 1)), Part(1, (0, 2)), Part(1, (1,)))
+    assert np.array_equal(cache.of_parts(parts), values[[6, 7, 8, 9, 0, 1, 2, 4, 3]])
+    assert cache.of_parts(()).shape == (0,)
 
 
 def test_a_killed_write_is_finished_where_it_stopped(tmp_path: Path) -> None:

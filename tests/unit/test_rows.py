@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megafuse.data.dataset import GroupDataset
+from megafuse.data.parts import groups_of
 from megafuse.data.rows import BatchPlan, RowPlanner, RowShape, block_sizes, build_row
 from megafuse.data.sampler import BatchSampler
 from megafuse.errors import ConfigError, DataError
@@ -101,13 +102,14 @@ def test_plan_counts_what_the_rows_hold(data: GroupDataset, sharing: bool, ranks
     batch = np.array([5, 2, 9, 11, 0])
     plan = planner.plan(batch)
     rows = [
-        build_row([data[int(g)] for g in part], prefix_sharing=sharing, row_tokens=length)
+        build_row(groups_of(data, parts), prefix_sharing=sharing, row_tokens=length)
         for rank, lengths in zip(plan.rows, plan.lengths)
-        for part, length in zip(rank, lengths)
+        for parts, length in zip(rank, lengths)
     ]
     assert len({len(rank) for rank in plan.rows}) == 1 and len(plan.rows) == ranks
     assert all(length % 4 == 0 for lengths in plan.lengths for length in lengths)
-    assert sorted(g for row in rows for g in row.groups) == sorted(batch.tolist())
+    found = sorted((part.group, response) for row in rows for part in row.parts for response in part.responses)
+    assert found == sorted((g, response) for g in batch.tolist() for response in range(len(data[g].responses)))
     assert plan.computed_tokens == sum(row.tokens.numel() for row in rows)
     assert plan.model_tokens == sum(int((row.layout[0] >= 0).sum()) for row in rows)
     pairs = 0
@@ -131,7 +133,7 @@ def test_rows_get_the_lengths_that_the_layout_asks_for(data: GroupDataset) -> No
 
     own, padded, fixed, stage = plan("own"), plan("padded"), plan("fixed"), plan("stage")
     for rank in range(2):
-        tokens = [int(data.group_lengths[row].sum()) for row in own.rows[rank]]
+        tokens = [int(data.group_lengths[[part.group for part in row]].sum()) for row in own.rows[rank]]
         assert own.lengths[rank] == tuple(-(-max(n, 1) // 3) * 3 for n in tokens)
         assert set(padded.lengths[rank]) == {max(own.lengths[rank])}
         assert set(fixed.lengths[rank]) == {(longest + 8) // 3 * 3}
@@ -140,11 +142,9 @@ def test_rows_get_the_lengths_that_the_layout_asks_for(data: GroupDataset) -> No
     for multiple in (4, 7, 40):
         turns = plan("padded", multiple)
         assert all(len(rank) % multiple == 0 and len(rank) - len(own.rows[0]) < multiple for rank in turns.rows)
-        found = sorted(int(g) for rank in turns.rows for row in rank for g in row)
-        assert found == batch.tolist()
-        assert [sorted(g for row in r for g in row) for r in turns.rows] == [
-            sorted(g for x in r for g in x) for r in own.rows
-        ]
+        found = [sorted(part.group for row in rank for part in row) for rank in turns.rows]
+        assert sorted(g for rank in found for g in rank) == batch.tolist()
+        assert found == [sorted(part.group for row in rank for part in row) for rank in own.rows]
 
 
 def test_a_group_longer_than_a_row_gets_a_longer_row_up_to_the_stated_limit(data: GroupDataset) -> None:
