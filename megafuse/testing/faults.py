@@ -32,11 +32,11 @@ def poison_gradient(config: Any, rank: int, step: int, factor: float = float("na
         seen["changed"] = not all(torch.equal(a, b) for a, b in zip(before, after))
         return result
 
-    seen["error"] = _error_of(config, poisoned) or None
+    seen["error"] = error_with_step(config, poisoned) or None
     return seen
 
 
-def _error_of(config: Any, train_step: Any) -> str:
+def error_with_step(config: Any, train_step: Any) -> str:
     """Train `config` in the joined world with another `train_step`; the error that this rank saw, or nothing."""
     from megafuse.errors import MegafuseError
     from megafuse.training import loop
@@ -105,7 +105,7 @@ def flip_bit(config: Any, rank: int, step: int) -> str:
             param.data.view(torch.int32)[0] ^= 1
         return result
 
-    return _error_of(config, flipping)
+    return error_with_step(config, flipping)
 
 
 def glitches(rank: int, runs: list[tuple[Any, int, str]]) -> list[str]:
@@ -114,7 +114,7 @@ def glitches(rank: int, runs: list[tuple[Any, int, str]]) -> list[str]:
     In update `step` (0: none) a bit of what the embedding gives (`where` = forward) or of a gradient (backward) is
     flipped. Returns the error that this rank saw in each run, or nothing.
     """
-    return [_error_of(config, _wrong_once(rank, step, where)) for config, step, where in runs]
+    return [error_with_step(config, _wrong_once(rank, step, where)) for config, step, where in runs]
 
 
 def _wrong_once(rank: int, step: int, where: str) -> Any:

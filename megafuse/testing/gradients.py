@@ -24,7 +24,7 @@ from megafuse.parallel.topology import Topology
 from megafuse.reference.compute import score_groups
 from megafuse.testing.oracle import group_loss, hf_gradients, response_logps
 from megafuse.training import loop
-from megafuse.training.grad_norms import grad_norms
+from megafuse.training.grad_norms import grad_norms, total_norm
 from megafuse.training.optim import Engine
 from megafuse.training.step import RowInput, backward, reduce_metrics
 
@@ -52,10 +52,11 @@ class Difference:
     gradient: float
     parameter: str
     norm: float  # of the whole gradient's norm, and of those of its parts relative to it
+    own_norm: float  # of the first one's norm, to that of its own gradients in float64
 
     @property
     def worst(self) -> float:
-        """The largest of the four."""
+        """The largest difference to the second."""
         return max(self.loss, self.logps, self.gradient, self.norm)
 
 
@@ -132,9 +133,9 @@ def layout_facts(
     outputs = backward(engine, topology, loss, rows, lengths=lengths, denominator=over, progress=PROGRESS)
     value = reduce_metrics(topology, outputs)["loss"][0]
     engine.optimizer.prepare_grads()
-    norm, norms = float(engine.optimizer.get_grad_norm()), grad_norms(engine, topology)
+    norms = grad_norms(engine, topology)
     gradients = gathered_gradients(engine, topology)
-    return None if gradients is None else BatchFacts(value, abs(value), logps, gradients, norm, norms)
+    return None if gradients is None else BatchFacts(value, abs(value), logps, gradients, total_norm(norms), norms)
 
 
 def layout_logps(
@@ -210,7 +211,7 @@ def compare(found: BatchFacts, exact: BatchFacts) -> Difference:
     worst, name = 0.0, ""
     missing = found.gradients.keys() ^ exact.gradients.keys()
     if missing:
-        return Difference(np.inf, np.inf, np.inf, f"one side only: {sorted(missing)[0]}", np.inf)
+        return Difference(np.inf, np.inf, np.inf, f"one side only: {sorted(missing)[0]}", np.inf, np.inf)
     for key, wanted in exact.gradients.items():
         got = found.gradients[key]
         if got.shape != wanted.shape and got.shape[1:] == wanted.shape[1:]:
@@ -227,4 +228,7 @@ def compare(found: BatchFacts, exact: BatchFacts) -> Difference:
     logps = float(np.abs(found.logps - exact.logps).max() / np.abs(exact.logps).max())
     pairs = [(found.norm, exact.norm), *((found.norms.get(part, np.inf), norm) for part, norm in exact.norms.items())]
     norm = max(abs(a - b) for a, b in pairs) / exact.norm if found.norms.keys() == exact.norms.keys() else np.inf
-    return Difference(float(abs(found.loss - exact.loss) / exact.magnitude), logps, worst, name, norm)
+    own = hypot(*norms_by_part(found.gradients).values())
+    return Difference(
+        float(abs(found.loss - exact.loss) / exact.magnitude), logps, worst, name, norm, abs(found.norm / own - 1)
+    )

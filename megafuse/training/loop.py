@@ -26,7 +26,7 @@ from megafuse.parallel.topology import Topology
 from megafuse.reference.cache import ReferenceLogps
 from megafuse.training.batch import batch_denominator, input_rows
 from megafuse.training.fingerprint import refuse_different_replicas
-from megafuse.training.grad_norms import grad_norms, worst_part
+from megafuse.training.grad_norms import worst_part
 from megafuse.training.guard import RollBack, SpikeGuard, write_incident
 from megafuse.training.held_out import HeldOut, evaluate, score
 from megafuse.training.optim import Engine
@@ -104,7 +104,7 @@ class Loop:
                 if result.updated:
                     guard.accept(result.grad_norm)
                 else:
-                    self._refused(engine, result, step, plan, skipped)
+                    self._refused(result, step, plan, skipped)
                 if config.guard.fingerprint_every and step % config.guard.fingerprint_every == 0:
                     refuse_different_replicas(engine, self.topology, step)
                 stop = result.stop or self._asked_while_evaluating(evaluated, step, total)
@@ -221,14 +221,14 @@ class Loop:
             **result.metrics,
         }
 
-    def _refused(self, engine: Engine, result: StepResult, step: int, plan: BatchPlan, skipped: int) -> None:
+    def _refused(self, result: StepResult, step: int, plan: BatchPlan, skipped: int) -> None:
         """An update was made by no rank: write down what it was of, then halt, skip or roll back."""
         config = self.config
         if result.finite and step in self.left_out:
             self._say(f"step {step}: left out since a roll-back; no parameter was updated")
             return
         policy = config.guard.on_spike if result.finite else config.on_nonfinite
-        norms = grad_norms(engine, self.topology)
+        norms = result.grad_norms
         facts = f"step {step}: loss {result.loss}, gradient norm {result.grad_norm} ({worst_part(norms)}); "
         facts += "no parameter was updated"
         told = {"reason": "spike" if result.finite else "not finite", "policy": policy, "seed": config.seed,

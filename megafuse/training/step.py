@@ -1,7 +1,7 @@
 """One optimizer step: rows through mcore's schedule, the loss over response sums, an update that all ranks agree on."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,10 @@ from megafuse.kernels.group_loss import GroupLoss
 from megafuse.losses.registry import Loss
 from megafuse.losses.types import ResponseSums
 from megafuse.parallel.topology import Topology
+from megafuse.training.grad_norms import grad_norms, total_norm
 from megafuse.training.optim import Engine
 
+LARGEST = torch.finfo(torch.float32).max
 Outputs = list[dict[str, Tensor]]  # of the last stage's rows: metric name -> (sum, weight)
 
 
@@ -30,6 +32,7 @@ class StepResult:
     updated: bool  # False: refused, and no rank touched a parameter
     finite: bool = True  # loss and gradient norm, on every rank
     stop: int = 0  # the strongest request to stop that any rank has had
+    grad_norms: dict[str, float] = field(default_factory=dict)  # by part of the model, see training.grad_norms
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,11 @@ def train_step(
     once = partial(backward, engine, topology, loss, rows, lengths=lengths, denominator=denominator, progress=progress)
     sums = reduce_metrics(topology, check(once(), once))
     engine.optimizer.prepare_grads()
-    grad_norm = float(engine.optimizer.get_grad_norm())
+    norms = grad_norms(engine, topology)
+    grad_norm = total_norm(norms)
     value = sums.pop("loss")[0]
-    whole = bool(torch.isfinite(torch.tensor([value, grad_norm])).all())
+    # AdamW adds squares up in fp32: of gradients whose squares do not fit there it would make updates of zero
+    whole = abs(value) <= LARGEST and grad_norm * grad_norm <= LARGEST  # NaN is not
     votes = topology.least(float(whole), float(not refuse(grad_norm)), -float(stop()))
     finite, wanted, stopping = votes[0] > 0, votes[1] > 0, -int(votes[2])
     if finite and wanted:
@@ -100,7 +105,7 @@ def train_step(
         engine.optimizer.step_with_ready_grads()
         engine.scheduler.step(1)
     metrics = {name: total / weight if weight else 0.0 for name, (total, weight) in sums.items()}
-    return StepResult(value, grad_norm, metrics, finite and wanted, finite, stopping)
+    return StepResult(value, grad_norm, metrics, finite and wanted, finite, stopping, norms)
 
 
 def backward(
@@ -165,8 +170,7 @@ def _as_mcore_wants_it(output: tuple[Tensor, Any]) -> tuple[Tensor, Tensor, Any]
 def reduce_metrics(topology: Topology, outputs: Outputs) -> dict[str, tuple[float, float]]:
     """Add (sum, weight) pairs of all rows of all ranks in float64. Every rank gets the same numbers."""
     names = topology.from_last_stage(sorted({name for output in outputs for name in output}))
-    total = torch.zeros(len(names), 2, dtype=torch.float64)
+    total = torch.zeros(len(names), 2, dtype=torch.float64, device=topology.device)
     for output in outputs if topology.is_reporter else []:
-        total += torch.stack([output[name].double().cpu() for name in names])
-    total = topology.sum_over_world(total).cpu()
-    return {name: (pair[0].item(), pair[1].item()) for name, pair in zip(names, total)}
+        total += torch.stack([output[name].to(total) for name in names])
+    return {name: (sums, weight) for name, (sums, weight) in zip(names, topology.sum_over_world(total).tolist())}
