@@ -26,8 +26,38 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        factor = self.weight.float() + self.centre if self.centre else self.weight.float()
+        if not x.is_cuda:
+            normed: Tensor = _LeanNorm.apply(x, self.weight, self.centre, self.eps)
+            return normed
+        if not self.centre and x.dtype == self.weight.dtype:  # one kernel, fp32 inside, which keeps x as it is
+            return rms_norm(x, self.weight.shape, self.weight, self.eps)
+        factor = self.weight.float() + self.centre  # in fp32: bf16 would round 1 + weight to 8 bits
         return rms_norm(x.float(), self.weight.shape, factor, self.eps).to(x.dtype)
+
+
+class _LeanNorm(torch.autograd.Function):
+    """torch's rms_norm in the bits of its forward; what it keeps for backward is x, and a number for each row of it.
+
+    Where torch has no kernel of its own it keeps x and the normalised x in fp32: two more copies of a bf16 row, one
+    more of an fp32 row, for every norm of every layer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, centre: float, eps: float) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, scale, weight)
+        ctx.centre = centre
+        return (wide * scale * (weight.float() + centre)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, scale, weight = ctx.saved_tensors
+        grad, normed = grad.float(), x.float() * scale
+        inner = grad * (weight.float() + ctx.centre)
+        of_x = (inner - normed * (inner * normed).mean(-1, keepdim=True)) * scale
+        of_weight = (grad * normed).flatten(0, -2).sum(0)
+        return of_x.to(x.dtype), of_weight.to(weight.dtype), None, None
 
 
 @functools.cache  # one class for all layers
