@@ -33,7 +33,9 @@ def fill_empty_state(optimizer: Any) -> None:
             for param in group["params"]:
                 if not inner.state[param]:
                     inner.state[param].update(
-                        step=torch.tensor(0.0), exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param)
+                        step=torch.tensor(0.0, device=_step_device(group, param)),
+                        exp_avg=torch.zeros_like(param),
+                        exp_avg_sq=torch.zeros_like(param),
                     )
 
 
@@ -93,8 +95,28 @@ def keep_what_is_not_loaded(optimizer: Any) -> None:
 
 
 def unshare_steps(optimizer: Any) -> None:
-    """After loading, all parameters hold the SAME step tensor, which AdamW would advance once per parameter."""
+    """After loading, all parameters hold the SAME step tensor, which AdamW would advance once per parameter.
+
+    AdamW in one kernel reads it on the parameter's device, wherever the checkpoint had it.
+    """
     for part in parts(optimizer):
-        for state in part.optimizer.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].clone()
+        for group in part.optimizer.param_groups if part.optimizer else ():
+            for param in group["params"]:
+                state = part.optimizer.state.get(param, {})
+                if torch.is_tensor(state.get("step")):
+                    state["step"] = state["step"].to(_step_device(group, param), copy=True)
+
+
+def steps_on_host(state: dict[Any, Any]) -> None:
+    """The step count that parameters have in common, in the sharded `state` of an optimizer, as a host tensor.
+
+    What is not sharded is stored as it is: a tensor of AdamW in one kernel would name the GPU that it was on.
+    """
+    for part in [state[key] for key in state if isinstance(key, int)] or [state]:
+        inner = part.get("optimizer", part).get("state", {})
+        if torch.is_tensor(inner.get("common_step")):
+            inner["common_step"] = inner["common_step"].cpu()
+
+
+def _step_device(group: dict[str, Any], param: Any) -> torch.device:
+    return param.device if group.get("fused") else torch.device("cpu")

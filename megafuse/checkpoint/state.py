@@ -19,6 +19,7 @@ from megafuse.checkpoint.optimizer_state import (
     is_fused,
     keep_what_is_not_loaded,
     share_whole_parameters,
+    steps_on_host,
     unshare_steps,
 )
 from megafuse.parallel.topology import Topology
@@ -61,6 +62,7 @@ def run_state(engine: Engine, topology: Topology, *, optimizer: bool, loading: b
         fill_empty_state(engine.optimizer)
         share_whole_parameters(engine.optimizer)
         state["optimizer"] = engine.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
+        steps_on_host(state["optimizer"])
         state["scheduler"] = engine.scheduler.state_dict()
         place, world = topology.rank, topology.world_size
         state["rng"] = ShardedObject("rng_state", rng_state(), (world,), (place,), replica_id=0)
