@@ -11,6 +11,9 @@ from megafuse.kernels.group_loss import GroupLoss, linear_group_loss
 from megafuse.kernels.logprob import linear_logprobs
 from megafuse.model.rope import RowRotary
 
+HEAD_WORKSPACE = {"cuda": 1 << 30, "cpu": 1 << 28}
+"""Bytes of logits that exist at once, by device. A CPU multiplies 256 MiB of them as fast as a GiB."""
+
 
 class FusionGPT(GPTModel):
     """A pipeline stage of the target model, or one of its chunks.
@@ -75,6 +78,7 @@ class FusionGPT(GPTModel):
             "softcap": self.final_softcap,
             "accumulate": "auto",
             "vocab_size": self.true_vocab_size,
+            "workspace_bytes": HEAD_WORKSPACE["cuda" if hidden.is_cuda else "cpu"],
         }
         if groups is not None:
             return linear_group_loss(hidden, weight, targets, groups, **options)

@@ -19,7 +19,7 @@ def parity_in_chunks(config: ParityConfig, rows: int) -> tuple[list[Cell], int]:
 
     def cramped(hidden: Tensor, weight: Tensor, *args: Any, **options: Any) -> Any:
         room = rows * weight.shape[0] * weight.element_size() * 4 // 3
-        return group_loss.linear_group_loss(hidden, weight, *args, workspace_bytes=room, **options)
+        return group_loss.linear_group_loss(hidden, weight, *args, **{**options, "workspace_bytes": room})
 
     def cut(blocks: group_loss.Blocks, fit: int) -> list[slice]:
         found = whole(blocks, fit)

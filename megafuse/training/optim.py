@@ -12,6 +12,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 
 from megafuse.config.train import OptimConfig
+from megafuse.parallel.host_memory import give_back_freed_memory
 from megafuse.parallel.policy import Policy
 from megafuse.parallel.topology import has_gloo_groups
 
@@ -96,6 +97,8 @@ def wrap_for_training(model: list[Any], config: OptimConfig, policy: Policy, *, 
     if policy.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in ddp]
         core.no_sync_func = no_sync if len(ddp) > 1 else no_sync[0]
+    if not torch.cuda.is_available():
+        give_back_freed_memory()  # the parameters' first copies, and what the reference pass left
     return Engine(ddp, optimizer, _schedule(optimizer, config, total_steps), config.clip_grad)
 
 
@@ -113,6 +116,8 @@ def use_one_kernel(optimizer: Any, *, wanted: bool) -> None:
 
 def _finalize(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
     """All-reduce gradients; the token count is dropped because the loss was divided by its exact denominator."""
+    if not torch.cuda.is_available():
+        give_back_freed_memory()  # the activations: gloo's copies of gradients and parameters, and Adam's come now
     finalize_model_grads(model, None, **kwargs)
 
 

@@ -14,6 +14,7 @@ from megafuse.data.rows import Row
 from megafuse.kernels.group_loss import GroupLoss
 from megafuse.losses.registry import Loss
 from megafuse.losses.types import ResponseSums
+from megafuse.parallel.host_memory import give_back_freed_memory
 from megafuse.parallel.topology import Topology
 from megafuse.training.grad_norms import grad_norms, total_norm
 from megafuse.training.optim import Engine
@@ -119,6 +120,8 @@ def backward(
     progress: float,
 ) -> Outputs:
     """Gradients of one global batch, summed over all ranks, in the parameters' `main_grad`; the rows' metric sums."""
+    if topology.device.type == "cpu":
+        give_back_freed_memory()  # what the last update needed beside its state: activations come now
     for chunk in engine.model:
         chunk.zero_grad_buffer()
     engine.optimizer.zero_grad()
