@@ -14,11 +14,26 @@ from megafuse.data.types import KINDS, Group
 from megafuse.errors import DataError, IntegrityError
 
 
+def _view(numbers: pa.Array) -> np.ndarray:
+    """`numbers.to_numpy()`, without the pandas that pyarrow imports for it: read-only, not copied.
+
+    Raises ArrowInvalid where a value is null.
+    """
+    if numbers.null_count:
+        raise pa.ArrowInvalid(f"{numbers.null_count} of {len(numbers)} values are null")
+    dtype, buffer = np.dtype(str(numbers.type).replace("double", "float64")), numbers.buffers()[1]
+    if buffer is None:  # an empty array may have none
+        return np.empty(0, dtype)
+    view = np.frombuffer(buffer, dtype, len(numbers), numbers.offset * dtype.itemsize)
+    view.flags.writeable = False
+    return view
+
+
 class _Lists:
     """A `list<T>` column of one record batch as NumPy views of the mapped file: `[i] -> view of row i`."""
 
     def __init__(self, column: pa.ListArray) -> None:
-        self.offsets = column.offsets.to_numpy()  # [rows + 1] int32, relative to `child`
+        self.offsets = _view(column.offsets)  # [rows + 1] int32, relative to `child`
         self.child = column.values
 
     @cached_property
@@ -29,7 +44,7 @@ class _Lists:
     @cached_property
     def values(self) -> np.ndarray:
         """All values of a `list<number>` column, read-only."""
-        return self.child.to_numpy(zero_copy_only=True)
+        return _view(self.child)
 
     def __getitem__(self, i: int) -> np.ndarray:
         return self.values[self.offsets[i] : self.offsets[i + 1]]
@@ -45,6 +60,16 @@ class _Batch:
         self.prompt, self.response = _Lists(batch.column("prompt_tokens")), _Lists(batch.column("response_tokens"))
         self.source, self.reward = batch.column("source"), _Lists(batch.column("reward"))
         self.members, self.weight = _Lists(batch.column("term_members")), _Lists(batch.column("term_weight"))
+
+
+def _map_saved(folder: Path) -> pa.Table:
+    """What `datasets.Dataset.save_to_disk` wrote, mapped: as `datasets.load_from_disk`, without importing pandas.
+
+    That import would be a second of every rank's start. Raises what json and pyarrow raise.
+    """
+    files = json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]
+    parts = [pa.ipc.open_stream(pa.memory_map(str(folder / Path(f["filename"]).name))).read_all() for f in files]
+    return pa.concat_tables(parts)
 
 
 class GroupDataset:
@@ -99,11 +124,9 @@ class GroupDataset:
             if actual != size:
                 state = "is missing" if actual is None else f"has {actual} bytes"
                 raise self._fail(f"{name} {state}, the manifest says {size} bytes")
-        import datasets
-
         try:
-            table = datasets.load_from_disk(str(self.path / GROUPS), keep_in_memory=False).data.table
-        except Exception as e:  # pyarrow, json and datasets all have their own
+            table = _map_saved(self.path / GROUPS)
+        except Exception as e:  # pyarrow and json have their own
             raise self._fail(f"{GROUPS}/ is not readable: {type(e).__name__}: {e}") from e
         for want in SCHEMA:
             if want.name not in table.column_names or table.schema.field(want.name).type != want.type:

@@ -15,7 +15,13 @@ from typing import Any
 from megafuse.parallel.topology import process_groups
 
 # What nearly every rank imports, some seven seconds of a core: the server that ranks are forked from does it once.
-PRELOADED = ("megafuse.training.run", "megafuse.testing.gradients", "transformers.models.llama.modeling_llama")
+PRELOADED = (
+    "megafuse.training.run",
+    "megafuse.model.spec",
+    "megafuse.testing.gradients",
+    "megafuse.converters.importer",
+    "transformers.models.llama.modeling_llama",
+)
 
 
 class WorkerFailed(AssertionError):
@@ -93,6 +99,7 @@ def _worker(
     os.environ.clear()
     os.environ.update({"OMP_NUM_THREADS": "1", **environment})
     torch.set_num_threads(1)
+    gc.freeze()  # the server's modules: mcore asks for a collection at every save and change of layout
     store = dist.FileStore(str(Path(folder) / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
     try:

@@ -2,13 +2,16 @@
 
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from megafuse.data.dataset import GroupDataset
+from megafuse.data.dataset import GroupDataset, _map_saved, _view
 from megafuse.data.store import (
     FORMAT,
     Row,
@@ -191,3 +194,24 @@ def test_damaged_files(path: Path) -> None:
     (path / "manifest.json").unlink()
     with pytest.raises(DataError, match="is not a data set"):
         GroupDataset(path)
+
+
+def test_is_mapped_as_datasets_maps_it_without_its_imports(path: Path) -> None:
+    """Every rank opens its data set at its start, and pandas alone takes a second of it."""
+    import datasets
+
+    assert _map_saved(path / "groups").equals(datasets.load_from_disk(str(path / "groups")).data.table)
+    look = (
+        "import sys; from megafuse.data.dataset import GroupDataset; groups = GroupDataset(sys.argv[1]); groups[7]; "
+        "groups.response_lengths; print(sorted({'datasets', 'pandas', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", look, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("numbers", [pa.array([1, 2, 3], pa.int32())[1:], pa.array([], pa.int32()), pa.array([0.5])])
+def test_a_view_is_what_to_numpy_gives(numbers: pa.Array) -> None:
+    seen, exact = _view(numbers), numbers.to_numpy()
+    assert seen.dtype == exact.dtype and seen.tolist() == exact.tolist() and not seen.flags.writeable
+    with pytest.raises(pa.ArrowInvalid, match="1 of 2 values are null"):
+        _view(pa.array([1, None], numbers.type))
