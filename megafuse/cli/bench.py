@@ -15,9 +15,10 @@ def run(config: BenchConfig) -> int:
     """Measure, print the table on rank 0; returns the exit code."""
     import sys
 
+    from megafuse.parallel.cpu_runtime import compile_when_called
     from megafuse.parallel.quiet import quiet_dependencies
 
-    with quiet_dependencies():
+    with quiet_dependencies(), compile_when_called():
         from rich.console import Console
 
         from megafuse.bench.report import tables

@@ -24,10 +24,11 @@ def run(config: ParityConfig) -> int:
         verdict,
     )
     from megafuse.observe.manifest import write_json_atomic
+    from megafuse.parallel.cpu_runtime import compile_when_called
     from megafuse.parallel.quiet import quiet_dependencies
     from megafuse.testing.distributed import run_distributed
 
-    with quiet_dependencies():
+    with quiet_dependencies(), compile_when_called():
         config = resolve_seed(config)
         check_parity(config)
         print(f"{config.architecture}, {config.precision}, seed {config.seed}", file=sys.stderr, flush=True)

@@ -19,6 +19,7 @@ def run(config: EvalConfig) -> int:
     from megafuse.errors import ConfigError
     from megafuse.evals.rank_accuracy import rank_accuracy
     from megafuse.observe.manifest import versions, write_json_atomic
+    from megafuse.parallel.cpu_runtime import compile_when_called
     from megafuse.parallel.quiet import quiet_dependencies
     from megafuse.reference.cache import began_precision
 
@@ -28,7 +29,7 @@ def run(config: EvalConfig) -> int:
             f"eval needs a data set of kind 'rank' (every response kept), {data.path} is of kind {data.kind!r}; "
             f"build one with `megafuse build --kind rank`"
         )
-    with quiet_dependencies():
+    with quiet_dependencies(), compile_when_called():
         from megafuse.reference.run import run_reference
 
         logps = run_reference(config, config.out / "logps", "eval")

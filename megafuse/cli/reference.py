@@ -11,9 +11,10 @@ CONFIG = ReferenceRunConfig
 
 def run(config: ReferenceRunConfig) -> int:
     """Write the cache; returns the exit code."""
+    from megafuse.parallel.cpu_runtime import compile_when_called
     from megafuse.parallel.quiet import quiet_dependencies
 
-    with quiet_dependencies():
+    with quiet_dependencies(), compile_when_called():
         from megafuse.reference.run import run_reference
 
         run_reference(config, config.out, config.name)

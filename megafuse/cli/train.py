@@ -15,9 +15,10 @@ CONFIG = TrainConfig
 
 def run(config: TrainConfig) -> int:
     """Train; returns the exit code."""
+    from megafuse.parallel.cpu_runtime import compile_when_called
     from megafuse.parallel.quiet import quiet_dependencies
 
-    with quiet_dependencies():
+    with quiet_dependencies(), compile_when_called():
         from megafuse.training.outcome import write_outcome
         from megafuse.training.run import train
 

@@ -8,6 +8,7 @@ A TorchFunctionMode would be cleaner and doubles the cost of every operator; hen
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -135,3 +136,35 @@ def cpu_runtime() -> Iterator[None]:
                 delattr(owner, name)
             else:
                 setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def compile_when_called() -> Iterator[None]:
+    """Inside, `torch.compile` decorates only, and compiles at the first call; as ever where CUDA is available.
+
+    megatron-core compiles its fused functions as it is imported. That loads TorchInductor, a third of a rank's start,
+    for functions that are never called without CUDA.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    original = torch.compile
+    torch.compile = functools.partial(_compile_when_called, original)
+    try:
+        yield
+    finally:
+        torch.compile = original
+
+
+def _compile_when_called(compile_: Callable[..., Any], model: Any = None, **options: Any) -> Any:
+    if not isinstance(model, FunctionType):
+        return compile_(model, **options)
+
+    @functools.wraps(model)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not compiled:
+            compiled.append(compile_(model, **options))
+        return compiled[0](*args, **kwargs)
+
+    compiled: list[Callable[..., Any]] = []
+    return call
