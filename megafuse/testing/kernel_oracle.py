@@ -43,6 +43,22 @@ def hard_head(
     return hidden.to(dtype), weight.to(dtype), targets
 
 
+def dyadic_head(hidden: Tensor, weight: Tensor, bits: int = 7) -> tuple[Tensor, Tensor]:
+    """Both [.., H] rounded to multiples of 2^-bits: float32 adds up `hidden @ weight^T` exactly, in whatever order.
+
+    For tests of bits: in Triton's interpreter a product is numpy's, and a BLAS may add up a row in an order that
+    depends on the row's place in the matrix (OpenBLAS's kernels for Haswell and Zen do, those for Sandybridge do not).
+
+    Raises:
+        ValueError: a partial sum could have more than float32's 24 bits.
+    """
+    hidden, weight = ((t * 2**bits).round() / 2**bits for t in (hidden, weight))
+    largest = float((hidden.double().abs() @ weight.double().abs().t()).max())
+    if largest * 4**bits > 2**24:
+        raise ValueError(f"bits={bits}: sums reach {largest:.3g} in units of 4^-{bits}, over 2^24: take fewer bits")
+    return hidden, weight
+
+
 def worst(got: Tensor, expected: Tensor) -> float:
     """Largest error relative to the largest entry."""
     got, expected = got.detach().double().cpu(), expected.detach().double().cpu()

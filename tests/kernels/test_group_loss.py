@@ -3,6 +3,7 @@ three products, one workspace, rows without a gradient left out, nothing that a 
 """
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from megafuse.kernels._segments import segment_logprobs
 from megafuse.kernels.group_loss import Blocks, linear_group_loss
 from megafuse.kernels.logprob import linear_logprobs
 from megafuse.testing.group_problem import SETTINGS, Problem, problem
-from megafuse.testing.kernel_oracle import ULP_BF16, poisoned_memory, worst
+from megafuse.testing.kernel_oracle import ULP_BF16, dyadic_head, poisoned_memory, worst
 
 BACKENDS = [("torch", torch.float64), ("torch", torch.float32), ("triton", torch.float32), ("triton", torch.bfloat16)]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -178,9 +179,12 @@ def test_a_row_without_any_gradient_needs_no_product(backend: str, device: torch
     assert got[2] is not None and not got[2].any() and not got[3].any() and float(got[0]) == 0
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_bits_of_a_second_run_and_of_another_cut(backend: str, device: torch.device) -> None:
     p = problem("ln_dpo", dtype=torch.float32, device=device)
+    if device.type == "cpu":  # the interpreter's product of a row may depend on its place in a tile: none to round here
+        p = replace(p, **dict(zip(("hidden", "weight"), dyadic_head(p.hidden, p.weight))))
     first, second = (run(p, backend=backend, workspace_bytes=workspace(p, 14, backend)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first[2:], second[2:])) and torch.equal(first[0], second[0])
     whole = run(p, backend=backend)

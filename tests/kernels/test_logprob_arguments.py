@@ -76,6 +76,7 @@ def test_numbers_that_cannot_work_are_refused(name: str, values: tuple[Any, ...]
                 vocab_parallel_logprobs(hidden @ weight.t(), targets, **options)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_whole_floats_are_whole_numbers_and_odd_tensors_are_refused(backend: str) -> None:
     needs(backend)
