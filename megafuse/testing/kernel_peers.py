@@ -233,6 +233,25 @@ def cut_cross_entropy() -> Iterator[Provider]:
         yield Provider(impl, "linear", linear)
 
 
+def quack() -> Iterator[Provider]:
+    """Quack's cross entropy on logits (gradient in place), and its chunked loss of hidden states (mean loss)."""
+    from quack.cross_entropy import cross_entropy
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    def logits(o: Operands) -> Tensor:
+        assert o.logits is not None
+        return -cross_entropy(o.logits, o.targets, reduction="none", inplace_backward=True)
+
+    def linear(o: Operands) -> Tensor:
+        rows = o.rows.to(o.hidden.device)
+        if len(rows) % 8:
+            raise NotSupported("quack's chunks want a multiple of 8 tokens")
+        return chunked_linear_cross_entropy(o.hidden[rows], o.weight, o.targets)
+
+    yield Provider("quack", "logits", logits, softcap=False)
+    yield Provider("quack", "linear", linear, mean_only=True, softcap=False)
+
+
 def trl() -> Iterator[Provider]:
     """TRL's selective log-softmax."""
     from trl.trainer.utils import selective_log_softmax
@@ -294,6 +313,7 @@ def available() -> tuple[list[Provider], dict[str, str]]:
         "liger": liger,
         "liger-preference": liger_preference,
         "cut-cross-entropy": cut_cross_entropy,
+        "quack": quack,
         "trl": trl,
         "transformer-engine": transformer_engine,
         "megatron": megatron,
@@ -303,6 +323,6 @@ def available() -> tuple[list[Provider], dict[str, str]]:
     for name, source in sources.items():
         try:
             found += list(source())
-        except (ImportError, AttributeError, NotSupported, TypeError) as error:
+        except Exception as error:  # what a library of another year raises on being imported is anyone's guess
             absent[name] = f"{type(error).__name__}: {error}"
     return found, absent

@@ -1,14 +1,19 @@
-"""The kernel benchmark: refuses to run without a GPU, and its providers compute what they say (small shapes)."""
+"""The kernel benchmark: its providers compute what they say, and one that breaks costs its own row (small shapes)."""
 
 import importlib.util
+import json
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from megafuse.testing.kernel_peers import SHAPES, Shape, available, prediction, preference
+from megafuse.testing import kernel_peers
+from megafuse.testing.kernel_peers import SHAPES, Operands, Provider, Shape, available, prediction, preference
+from megafuse.testing.kernel_timer import LONGEST, SHORTEST, Timer, next_sleep
 
 BENCH = Path(__file__).resolve().parents[2] / "bench" / "kernels.py"
 
@@ -80,3 +85,169 @@ def test_prediction(bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert all(prediction(s, n)["workspace_gb"] < 1.1 for s in SHAPES for n in (2048, 8192, 32768))
     monkeypatch.setattr(sys, "argv", ["kernels.py", "--predict", "--shapes", "smollm2"])
     assert bench.main() == 0 and len(capsys.readouterr().out.splitlines()) == 6
+
+
+class Clock(Timer):
+    """Times on whatever device there is; `broken` says when the device is lost."""
+
+    def __init__(self, device: torch.device, broken: Any = lambda: False):
+        super().__init__(device)
+        self.broken = broken
+
+    def once(self, call: Any, key: Any) -> float:
+        if self.device.type == "cuda":
+            return super().once(call, key)
+        self.late.setdefault(key, []).append(False)
+        began = time.perf_counter()
+        call()
+        return (time.perf_counter() - began) * 1e3
+
+    def usable(self) -> bool:
+        return super().usable() and not self.broken()
+
+
+def compilation_error(o: Operands) -> torch.Tensor:
+    """What Triton raises of a kernel that it cannot compile, made by Triton."""
+    import triton
+    from triton.compiler.errors import CompilationError
+
+    assert not issubclass(CompilationError, RuntimeError) and triton.__version__
+    raise CompilationError("def kernel():\n    broken", None, "cannot make broken")
+
+
+def plant(error: Any, when: int = 0) -> Any:
+    """A peer that raises at its call number `when`."""
+    calls: list[int] = []
+
+    def call(o: Operands) -> torch.Tensor:
+        calls.append(0)
+        if len(calls) > when:
+            if callable(error):
+                return error(o)
+            raise error
+        return o.hidden.sum() * 0
+
+    return call
+
+
+TINY = Shape("tiny", 16, 200)
+PLANTED = {
+    "compiles-not": (plant(compilation_error), "CompilationError: cannot make broken"),
+    "old-signature": (plant(TypeError("unexpected keyword 'softcap'")), "TypeError: unexpected keyword 'softcap'"),
+    "says-nothing": (plant(AssertionError()), "AssertionError"),
+    "breaks-later": (plant(AssertionError("now"), when=2), "AssertionError: now"),
+}
+
+
+def test_a_broken_peer_costs_its_own_row(
+    bench: Any,
+    device: torch.device,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(bench, "COPIED_BYTES", 1 << 16)
+    good = [p for p in available()[0] if p.name in ("megafuse-torch", "torch-eager")]
+    bad = [Provider(name, "linear", call, mean_only=True) for name, (call, _) in PLANTED.items()]
+    out = tmp_path / "sub.json"
+    result: dict[str, Any] = {"environment": {}, "absent": {}}
+    assert bench.measure_all([*bad, *good], [(TINY, 12, 0.5), (TINY, 8, 1.0)], out, result, 3, Clock(device)) == 0
+    report = json.loads(out.read_text())
+    assert report["complete"] and len(report["cases"]) == 2
+    for case in report["cases"]:
+        rows = {(r["provider"], r["level"], r["backward"]): r for r in case["results"]}
+        assert not case["cut"] and len(rows) == 2 * len(bad) + 2 * len(good)
+        for (name, _, _), row in rows.items():
+            if name in PLANTED:
+                assert row["failed"].startswith(PLANTED[name][1].split(":")[0]) and "ms" not in row
+                assert row["failed"].endswith(PLANTED[name][1].split(": ")[-1]), row
+            else:
+                assert row["rounds"] == 2 and row["ms"] > 0 and not row["host_bound"]  # of 4, one found the facts
+    said = capsys.readouterr().out
+    assert said.count("failed: TypeError: unexpected keyword 'softcap'") == 4
+
+
+def test_time_that_is_up_leaves_what_there_is(
+    bench: Any, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "COPIED_BYTES", 1 << 16)
+    out, clock = tmp_path / "a.json", time.monotonic
+    torch_ = [p for p in available()[0] if p.name == "megafuse-torch" and p.level == "linear"]
+    ends = clock() + 3600
+    asked: list[int] = []
+
+    def later() -> float:  # the first case's third look at the clock is one too many
+        asked.append(0)
+        return clock() + (7200 if len(asked) > 4 else 0)
+
+    monkeypatch.setattr(bench, "time", SimpleNamespace(monotonic=later))
+    todo = [(TINY, 12, 0.5), (TINY, 12, 1.0)]
+    assert bench.measure_all(torch_, todo, out, {}, 30, Clock(device), ends) == 0
+    report = json.loads(out.read_text())
+    (case,) = report["cases"]
+    assert case["cut"] and not report["complete"]
+    assert sum("max_error" in r for r in case["results"]) == 2 and sum("ms" in r for r in case["results"]) == 1
+
+
+def test_a_lost_device_ends_the_run_with_what_it_has(
+    bench: Any, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "COPIED_BYTES", 1 << 16)
+    lost: list[int] = []
+
+    def kill(o: Operands) -> torch.Tensor:
+        lost.append(0)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    out = tmp_path / "a.json"
+    todo = [(TINY, 12, 0.5), (TINY, 12, 1.0)]
+    providers = [Provider("kills", "linear", kill)]
+    assert bench.measure_all(providers, todo, out, {}, 3, Clock(device, lambda: bool(lost))) == 1
+    (case,) = json.loads(out.read_text())["cases"]
+    assert len(lost) == 1 and case["cut"] and sum("failed" in r for r in case["results"]) == 1
+
+
+def test_only_some_providers(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    providers, absent = available()
+    assert {p.name for p in bench.chosen(providers, ["torch-eager"], absent)} == {"torch-eager"}
+    with pytest.raises(SystemExit, match="2"):
+        bench.chosen(providers, ["torch-eager", "torch-eagre"], absent)
+    assert "--only torch-eagre: not here. Here: megafuse-torch," in capsys.readouterr().err
+
+
+def test_a_peer_whose_import_breaks_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks() -> Any:
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(kernel_peers, "quack", breaks)
+    found, absent = available()
+    assert absent["quack"].startswith("OSError") and not any(p.name == "quack" for p in found)
+
+
+def test_the_device_sleeps_until_all_is_queued() -> None:
+    assert next_sleep(SHORTEST, late=False) == SHORTEST and next_sleep(SHORTEST, late=True) == 2 * SHORTEST
+    cycles = [SHORTEST]
+    while cycles[-1]:
+        cycles.append(next_sleep(cycles[-1], late=True))
+    assert cycles[-2] == LONGEST and next_sleep(0, late=True) == 0
+    timer = Timer(torch.device("cpu"))
+    timer.late["a"] = [True, True, True, False, False, True]
+    assert timer.host_bound("a", 6) and not timer.host_bound("a", 3) and not timer.host_bound("b", 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_times_are_the_devices_not_the_launches() -> None:
+    """Sixty launches that do next to nothing: a millisecond of the host, a few microseconds each on the device."""
+    timer, x = Timer(torch.device("cuda")), torch.zeros(8, device="cuda")
+
+    def launches() -> None:
+        for _ in range(60):
+            x.add_(1)
+
+    slow = timer.median(lambda: (time.sleep(0.001), launches()), 12)
+    assert slow < 0.5  # the host slept a whole one
+    key = object()
+    for _ in range(12):
+        timer.once(lambda: x.sum().item(), key)
+    assert timer.host_bound(key, 4)
