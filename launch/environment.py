@@ -2,8 +2,31 @@
 
 import re
 import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 
 from megafuse.errors import ConfigError
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the first since torch 2.9, which warns of the second
+
+
+def cuda_settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """What a process that computes on CUDA wants in its environment before torch is imported; {} where all is set.
+
+    Rows and workspaces change their sizes from step to step: segments that grow keep them from cutting memory into
+    pieces that fit nothing. One connection: megatron-core relies on communication being queued in order. What the user
+    has set stays.
+    """
+    found = {}
+    if "CUDA_DEVICE_MAX_CONNECTIONS" not in environ:
+        found["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    if not any(name in environ for name in ALLOCATOR):
+        try:
+            release = tuple(int(n) for n in version("torch").split("+")[0].split(".")[:2])
+        except (PackageNotFoundError, ValueError):
+            return found
+        found[ALLOCATOR[release < (2, 9)]] = "expandable_segments:True"
+    return found
 
 
 def world_from_environment(environ: dict[str, str]) -> dict[str, str]:

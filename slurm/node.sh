@@ -51,7 +51,6 @@ port=${PORT:-$((20000 + (SLURM_JOB_ID * 8 + restarts * 4 + stage) % 12000))}
 export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 export MEGAFUSE_PLANNED_STOP=0 # a stop that was asked for is no failure; outcome.json says how it was
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # megatron-core: communication is queued in order
 # USR1 reaches every process of the step; torchrun would die of it, the ranks take it as "save and stop". TERM is passed
 # on by Slurm to each process; this one waits for what the ranks make of it.
 trap : USR1 TERM

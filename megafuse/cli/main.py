@@ -20,6 +20,7 @@ from typing import Any
 
 from megafuse import __version__
 from megafuse.errors import ConfigError, MegafuseError, StorageError
+from megafuse.launch.environment import cuda_settings
 
 PATH_ERRORS = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
@@ -33,6 +34,7 @@ class Command:
     module: str
     summary: str
     member: str | None = None  # key of the module's COMMANDS; None: the module itself is the command
+    on_device: bool = False  # computes with the model, on CUDA where there is any
 
 
 COMMANDS: dict[str, Command] = {
@@ -44,18 +46,28 @@ COMMANDS: dict[str, Command] = {
     "sample list": Command("megafuse.cli.lists", "the sources whose sampling parameters it knows", "sample"),
     "score": Command("megafuse.cli.score", "responses -> verified and scored responses; resumes by itself"),
     "build": Command("megafuse.cli.build", "scored answers -> tokenised data set for FuseSFT or FusePO"),
-    "reference": Command("megafuse.cli.reference", "log-probs of a data set under the reference model, computed once"),
-    "train": Command("megafuse.cli.train", "FuseSFT or FusePO; under torchrun, srun, or alone; resumes by itself"),
+    "reference": Command(
+        "megafuse.cli.reference", "log-probs of a data set under the reference model, computed once", on_device=True
+    ),
+    "train": Command(
+        "megafuse.cli.train", "FuseSFT or FusePO; under torchrun, srun, or alone; resumes by itself", on_device=True
+    ),
     "convert import": Command("megafuse.cli.convert", "Hugging Face folder -> Megatron checkpoint", "import"),
     "convert export": Command("megafuse.cli.convert", "Megatron checkpoint -> Hugging Face folder", "export"),
-    "convert verify": Command("megafuse.cli.convert", "is a checkpoint that model: bits, layouts, logits", "verify"),
+    "convert verify": Command(
+        "megafuse.cli.convert", "is a checkpoint that model: bits, layouts, logits", "verify", True
+    ),
     "convert inspect": Command("megafuse.cli.convert", "what a checkpoint or folder holds", "inspect"),
-    "eval": Command("megafuse.cli.eval", "intra- and cross-rank accuracy of a model on a data set"),
-    "bench": Command("megafuse.cli.bench", "training throughput on real lengths: any shape, data, loss and layout"),
+    "eval": Command("megafuse.cli.eval", "intra- and cross-rank accuracy of a model on a data set", on_device=True),
+    "bench": Command(
+        "megafuse.cli.bench", "training throughput on real lengths: any shape, data, loss and layout", on_device=True
+    ),
     "launch": Command("megafuse.cli.launch", "a recipe of slurm/ as a job: submitted or run here, through NeMo-Run"),
     "launch sweep": Command("megafuse.cli.launch_sweep", "many jobs over sources, alpha, k, loss, target; one table"),
     "doctor": Command("megafuse.cli.doctor", "what is installed, what is usable, and how to repair the rest"),
-    "doctor parity": Command("megafuse.cli.doctor_parity", "every layout against one process in float64"),
+    "doctor parity": Command(
+        "megafuse.cli.doctor_parity", "every layout against one process in float64", on_device=True
+    ),
     "doctor layout": Command("megafuse.cli.doctor_layout", "can a model be cut so, and what a rank would hold"),
     "data report": Command("megafuse.cli.data_report", "one HTML page about scored answers, to read before training"),
     "data check": Command("megafuse.cli.data_check", "check input files line by line: file:line, problem, counts"),
@@ -66,7 +78,7 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
     """Run one command line and return its exit status: see megafuse.errors; 130 after Ctrl-C."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        status = _dispatch(args, commands)
+        status = _dispatch(args, commands, own_process=argv is None)
         sys.stdout.flush()
         return status
     except MegafuseError as error:
@@ -85,7 +97,7 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
 
 
-def _dispatch(args: list[str], commands: Mapping[str, Command]) -> int:
+def _dispatch(args: list[str], commands: Mapping[str, Command], *, own_process: bool) -> int:
     if args[:1] == ["--version"]:
         print(f"megafuse {__version__}")
         return 0
@@ -96,6 +108,8 @@ def _dispatch(args: list[str], commands: Mapping[str, Command]) -> int:
     if not words:
         return _unknown(args, commands)
     name = " ".join(args[:words])
+    if own_process and commands[name].on_device:  # before anything imports torch, which reads them
+        os.environ.update(cuda_settings(os.environ))
     config_class, run, description = _load(name, commands[name])
     from megafuse.config.load import parse  # pydantic and tyro: 0.3 s that `megafuse --help` need not pay
 
