@@ -51,18 +51,27 @@ class Tiles:
 
 def plan(x: Tensor, weight: Tensor, entropy: bool) -> Tiles:
     """Tiles for the device, the dtype and the alignment of the operands."""
-    aligned = all(
+    if x.device.type == "cpu":  # big tiles: the interpreter pays per operation, not per element
+        wide = min(triton.next_power_of_2(max(x.shape[1], 16)), 512)
+        return Tiles(32, 128, wide, tma=aligned(x, weight), upcast=True, programs=2)
+    major, programs = _device(x.device)
+    return tiles_for(x.dtype, entropy, aligned(x, weight), major=major, programs=programs)
+
+
+def aligned(x: Tensor, weight: Tensor) -> bool:
+    """Whether TMA can load both operands."""
+    borders = all(
         t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0
         for t in (x, weight)
     )
-    aligned = aligned and importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
-    if x.device.type == "cpu":  # big tiles: the interpreter pays per operation, not per element
-        wide = min(triton.next_power_of_2(max(x.shape[1], 16)), 512)
-        return Tiles(32, 128, wide, tma=aligned, upcast=True, programs=2)
-    major, programs = _device(x.device)
-    if x.dtype == torch.float32:
+    return borders and importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+
+
+def tiles_for(dtype: torch.dtype, entropy: bool, tma: bool, *, major: int, programs: int) -> Tiles:
+    """Tiles for a device of compute capability `major` that runs `programs` blocks at a time; tma: see `aligned`."""
+    if dtype == torch.float32:
         return Tiles(64, 64, 32, warps=4, stages=3, tma=False, programs=2 * programs)
-    if major < 9 or not aligned:
+    if major < 9 or not tma:
         return Tiles(128, 128, 64, stages=3, tma=False, programs=programs)
     # The entropy's temporaries need a smaller accumulator.
     return Tiles(bn=128, stages=3, programs=programs) if entropy else Tiles(programs=programs)
@@ -191,7 +200,7 @@ class Product:
             BN=t.bn,
             BK=t.bk,
             GROUP=16,
-            PROGRAMS=grid[0],
+            PROGRAMS=t.programs,  # not grid[0]: fewer tiles than that are one a program, and would be built anew
             num_warps=t.warps,
             num_stages=t.stages,
         )

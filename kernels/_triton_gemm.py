@@ -106,7 +106,7 @@ def _write(
         tl.store(at, tile.to(e.dtype.element_ty), mask=(rm < rows)[:, None] & (rn < columns)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["targets", "anchors"])
 def exp_product(
     x: tl.tensor,  # [R, H]; a tensor descriptor with TMA
     weight: tl.tensor,  # [V, H]
@@ -139,7 +139,10 @@ def exp_product(
     GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ) -> None:
-    """Persistent: each program takes every PROGRAMS-th tile. K runs in one order, so log-probs do not depend on T."""
+    """Persistent: each program takes every PROGRAMS-th tile. K runs in one order, so log-probs do not depend on T.
+
+    What changes from row to row (`rows`, where its slices begin) is not compiled in: one build serves every length.
+    """
     tiles_m = tl.cdiv(rows, BM)
     tiles_n = tl.cdiv(columns, BN)
     total = tiles_m * tiles_n

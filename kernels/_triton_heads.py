@@ -39,7 +39,7 @@ def _score(
     return (d if USE_REF else logp) * slope, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["terms"])
 def terms_pair(
     logps: tl.tensor,  # [n] float32
     refs: tl.tensor,  # [n] float32 or float64
@@ -116,7 +116,7 @@ def terms_pair(
         tl.store(out + 10 * terms, kl_mean / width, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["terms"])
 def terms_sft(
     logps: tl.tensor,
     lengths: tl.tensor,
@@ -149,7 +149,7 @@ def _pick(values: tl.tensor, chosen: tl.tensor, K: tl.constexpr) -> tl.tensor:
     return tl.sum(tl.where(tl.arange(0, K)[None, :] == chosen[:, None], values, 0.0), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["terms"])
 def terms_rloo(
     logps: tl.tensor,
     refs: tl.tensor,
@@ -227,7 +227,7 @@ def terms_rloo(
         tl.store(out + 13 * terms, tl.sum(tl.where(present, d / length, 0.0), 1) / count, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["terms", "groups"])
 def reduce_terms(
     loss: tl.tensor,
     values: tl.tensor,
@@ -268,7 +268,7 @@ def reduce_terms(
         tl.store(metrics + 2 * (this - groups) + 1, tl.sum(second_sum, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "groups"])
 def sums_gradient(
     members: tl.tensor,  # [m * k] int64
     group: tl.tensor,  # [m]

@@ -57,7 +57,7 @@ def target_logits(
     tl.store(z + i, tl.where(y >= 0, own, -float("inf")))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["sums", "spread"])
 def sum_tiles(
     parts: tl.tensor,  # [tiles, R] float32
     spreads: tl.tensor,
@@ -92,7 +92,7 @@ def sum_tiles(
             tl.atomic_max(flag, worst)  # of integers: the order does not matter
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["anchors"])
 def move_anchors(
     maxima: tl.tensor,  # [tiles, R] float32, valid where marked
     marked: tl.tensor,
@@ -111,7 +111,7 @@ def move_anchors(
     tl.store(anchors + i, largest, mask=again)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def finish_targets(
     parts: tl.tensor,  # [W, 2 or 3, T] float32: every rank's a, S (and sum of E (z - a), with ENTROPY)
     ranks: tl.tensor,
@@ -167,7 +167,7 @@ def finish_targets(
     tl.store(saved + rows + i, (-patch).to(tl.float32), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["v", "targets", "grad", "factor", "patch"])
 def bind_gradient(
     e: tl.tensor,  # [R, V] in place: the target's entry becomes P
     e_stride: tl.tensor,

@@ -10,7 +10,7 @@ import triton.language as tl
 from megafuse.kernels._triton_math import LOG2E, local_column, sigmoid64, softplus64, transform
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def row_stats(
     logits: tl.tensor,  # [T, V] float32 or bfloat16
     stride: tl.tensor,
@@ -47,7 +47,7 @@ def row_stats(
     tl.store(stats + 2 * rows + row, target)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def finish_rows(
     parts: tl.tensor,  # [W, 3, T] float32: every rank's `stats`
     ranks: tl.tensor,
@@ -78,7 +78,7 @@ def finish_rows(
     tl.store(saved + 2 * rows + i, sigmoid64(x).to(tl.float32), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def row_gradient(
     logits: tl.tensor,  # [T, V]
     stride: tl.tensor,

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "segments"])
 def segment_sum(
     logp: tl.tensor,  # [T] float
     ids: tl.tensor,  # [T] integer; negative: ignored
@@ -28,7 +28,7 @@ def segment_sum(
     tl.store(part + segments + segment, tl.sum(count, 0).to(tl.float64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments"])
 def finish_segments(
     parts: tl.tensor,  # [W, 2, N] float64: every rank's `part`
     ranks: tl.tensor,
@@ -53,7 +53,7 @@ def finish_segments(
     tl.store(counts + i, count.to(tl.int64), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "segments"])
 def segment_gradient(
     ids: tl.tensor,
     grad: tl.tensor,  # [N] float32: d loss / d sum or mean

@@ -50,7 +50,7 @@ def _logits() -> Iterator[Build]:
         for dtype in dtypes:
             constants = {"CAPPED": capped, "BLOCK": 4096}
             types = {"logits": f"*{dtype}", "stride": "i32", "targets": "*i64", "stats": "*fp32", **sizes}
-            aligned: tuple[str, ...] = ("logits", "stride", "targets", "stats", "rows", "columns")
+            aligned: tuple[str, ...] = ("logits", "stride", "targets", "stats", "columns")
             yield Build(f"row_stats-{dtype}-cap{capped:d}", row_stats, types, constants, wide, aligned)
             types = {
                 **types,
@@ -60,7 +60,7 @@ def _logits() -> Iterator[Build]:
                 "grad": "*fp32",
                 "width": "i32",
             }
-            aligned = ("logits", "stride", "out", "out_stride", "width", "columns", "saved", "grad", "rows")
+            aligned = ("logits", "stride", "out", "out_stride", "width", "columns", "saved", "grad")
             yield Build(f"row_gradient-{dtype}-cap{capped:d}", row_gradient, types, constants, wide, aligned)
     types = {"parts": "*fp32", "ranks": "i32", "logp": "*fp32", "saved": "*fp32", "rows": "i32"}
     yield Build("finish_rows", finish_rows, types, {"BLOCK": 128})
@@ -125,7 +125,7 @@ def _products() -> Iterator[Build]:
             types[operand] = f"tensordesc<{dtype}{list(block)}>" if tiles.tma else f"*{dtype}"
         sizes = {"BM": tiles.bm, "BN": tiles.bn, "BK": tiles.bk, "GROUP": 16, "PROGRAMS": 132, "WIDTH": 4096}
         constants = {**flags, **sizes, "TMA": tiles.tma, "UPCAST": False}
-        aligned: tuple[str, ...] = ("anchors", "parts", "rows", "columns")
+        aligned: tuple[str, ...] = ("parts", "columns")
         if not tiles.tma:
             aligned += ("x", "weight", "e", "x_stride", "weight_stride", "e_stride")
         options = {"num_warps": tiles.warps, "num_stages": tiles.stages}

@@ -17,6 +17,7 @@ from megafuse.training.run import train
 
 pytestmark = pytest.mark.distributed
 STEPS = 2
+SHORT = {"max_steps": STEPS, "global_batch_size": 4}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_every_loss_equals_the_float64_oracle(lab: Lab, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("megafuse.training.run.build_model", built)
     distributed = ("dpo", "rloo")  # with it parameters are gathered by the next forward
-    configs = {x: lab.config(x, "run", max_steps=STEPS, optim={"distributed": x in distributed}) for x in LOSSES}
+    configs = {x: lab.config(x, "run", optim={"distributed": x in distributed}, **SHORT) for x in LOSSES}
     exact = {loss: oracle_steps(lab.hf(loss), config, STEPS) for loss, config in configs.items()}
     with as_on_cuda(), process_groups():
         for config in configs.values():
@@ -56,7 +57,7 @@ def test_a_resumed_run_is_the_same_run(lab: Lab) -> None:
         return [{k: v for k, v in record.items() if k not in clock} for record in read_metrics(run)]
 
     config = lab.config(
-        "simpo", "resumed", max_steps=4, model={"precision": "bf16"}, optim={"distributed": True},
+        "simpo", "resumed", max_steps=4, global_batch_size=4, model={"precision": "bf16"}, optim={"distributed": True},
         checkpoint={"interval": 2, "keep": 9, "final_optimizer": True},
     )  # fmt: skip
     with as_on_cuda(), process_groups():
