@@ -32,6 +32,13 @@ def _local_denominator() -> tuple[Any, str, Any]:
     return loop, "batch_denominator", groups_of_a_row
 
 
+def _parts_as_groups() -> tuple[Any, str, Any]:
+    def parts_of_the_batch(loss: Loss, data: Any, plan: rows.BatchPlan) -> float:
+        return float(sum(len(row) for rank in plan.rows for row in rank))
+
+    return loop, "batch_denominator", parts_of_the_batch
+
+
 def _no_segment_mask() -> tuple[Any, str, Any]:
     def causal(
         segment: torch.Tensor, parent: torch.Tensor, places: torch.Tensor, window: Any, keys: torch.Tensor
@@ -60,6 +67,7 @@ _true_call = Loss.__call__
 MUTATIONS: dict[str, Callable[[], tuple[Any, str, Any]]] = {
     "context sum dropped": _no_context_sum,
     "denominator of one row": _local_denominator,
+    "parts counted as groups": _parts_as_groups,
     "segment mask dropped": _no_segment_mask,
     "positions not restarted": _running_positions,
     "weights dropped": _no_weights,

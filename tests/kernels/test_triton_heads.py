@@ -158,3 +158,20 @@ def test_a_row_without_terms(device: torch.device) -> None:
     assert (
         losses.shape == (0,) and metrics["margin"].tolist() == [0, 0] and metrics["weight_entropy"].tolist() == [0, 0]
     )
+
+
+def test_a_group_whose_terms_lie_in_two_rows_is_counted_in_one(device: torch.device) -> None:
+    sums, terms = move(*random_row("sft", reference=False), device)
+    whole = fused_loss("sft", sums, terms)[1]["weight_entropy"]
+    first = torch.tensor([int((terms.group.cpu() == g).nonzero()[0]) for g in range(terms.num_groups)])
+    here = torch.zeros(len(terms.group), dtype=torch.bool)
+    here[first] = True
+    total = torch.zeros_like(whole)
+    for own, counted in ((here, True), (~here, False)):
+        own = own.to(device)
+        part = Terms(
+            terms.members[own], terms.weights[own], terms.group[own], terms.num_groups,
+            torch.full((terms.num_groups,), counted, device=device),
+        )  # fmt: skip
+        total += fused_loss("sft", sums, part)[1]["weight_entropy"]
+    assert total[1] == terms.num_groups and torch.allclose(total, whole, rtol=1e-12)
