@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import Any
 
 
-def poison_gradient(config: Any, rank: int, step: int, factor: float = float("nan")) -> dict[str, Any]:
+def poison_gradient(
+    config: Any, rank: int, step: int, factor: float = float("nan"), *, reduced: bool = False
+) -> dict[str, Any]:
     """Train `config` in the joined world while rank `rank` finds a gradient times `factor` in the `step`-th update.
 
+    Before gradients are summed over the ranks, or with `reduced` after it: then in this rank's copy alone.
     Returns what this rank saw: `error` (text or None) and whether its parameters changed in that step.
     """
     import torch
@@ -24,7 +27,10 @@ def poison_gradient(config: Any, rank: int, step: int, factor: float = float("na
         hook = None
         if dist.get_rank() == rank:
             param = next(p for p in engine.bare[0].parameters() if p.requires_grad)
-            hook = param.register_hook(lambda gradient: gradient * factor)
+            if reduced:
+                kwargs["check"] = lambda outputs, again: param.main_grad.mul_(factor) is not None and outputs
+            else:
+                hook = param.register_hook(lambda gradient: gradient * factor)
         result = train_step(engine, *args, **kwargs)
         if hook is not None:
             hook.remove()

@@ -1,5 +1,6 @@
 """A NaN on one rank: every rank learns of it before any rank updates a parameter."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +35,15 @@ def test_no_rank_updates(inputs: Path, tmp_path: Path, parallel: dict[str, Any],
     records = read_metrics(tmp_path / "run")
     assert [r["updated"] for r in records] == ([True, False] if policy == "halt" else [True, False, True])
     assert records[1]["grad_norm"] is None and "grad_norm" in records[1]["nonfinite"]
+
+
+def test_a_copy_of_the_summed_gradient_on_one_rank(inputs: Path, tmp_path: Path) -> None:
+    """Without the distributed optimizer every rank has all of it: a NaN in the last one's copy is news to the rest."""
+    config = tiny_run(
+        tmp_path / "run", inputs / "model", inputs / "sft", optim={"distributed": False}, max_steps=1,
+        on_nonfinite="skip",
+    )  # fmt: skip
+    for seen in run_distributed(partial(poison_gradient, reduced=True), 2, config, 1, 1):
+        assert seen["changed"] is False and seen["error"] is None
+    (record,) = read_metrics(tmp_path / "run")
+    assert not record["updated"] and "grad_norm" in record["nonfinite"]
