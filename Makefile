@@ -1,7 +1,8 @@
 # Two commands are all that is needed:
 #
 #   make quickstart              FuseSFT and FusePO of a small model, here, in minutes (DATA=file.jsonl.gz: your answers)
-#   make test                    lint, types, every test
+#   make test                    lint, types, every test: 25 minutes on two cores
+#   make test-quick              lint, types, and the unit tests, less the longest files: 5 minutes
 #
 # Both first make .venv from constraints.txt, the tested versions (PYTHON=... picks the interpreter, 3.10 or newer).
 # Also: make venv, make lint, make clean; make te-check, Transformer Engine's layers without a GPU (nvcc, 8 GB, ten
@@ -22,17 +23,23 @@ TOOLS := pytest pytest-timeout pytest-xdist hypothesis ruff mypy pybind11 gguf a
 export PYTHONSAFEPATH := 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test lint venv te-check gpu-check gpu-bench clean
+.PHONY: quickstart test test-quick lint venv te-check gpu-check gpu-bench clean
 
 quickstart: $(STAMP)
 	OMP_NUM_THREADS=$${QUICKSTART_THREADS:-2} $(BIN)/python examples/quickstart/run.py $(if $(DATA),--data $(DATA))
 
+# Two test processes: most tests keep one core busy; a file stays in one process, for what its tests share; files are
+# begun in the order of tests/conftest.py, longest first, not in that of their number of tests.
+PYTEST := $(BIN)/python -m pytest --numprocesses $${TEST_PROCESSES:-2} --dist loadfile --no-loadscope-reorder
+
 # First what asserts bits (marker `bits`), with a BLAS whose product of a row depends on the row's place in the matrix: on
 # a machine with AVX-512 OpenBLAS takes other kernels, which do not show that. Then everything, as the machine is.
-# Two test processes: most tests keep one core busy; a file stays in one process, for what its tests share.
 test: lint
 	OPENBLAS_CORETYPE=Haswell $(BIN)/python -m pytest -m bits tests/kernels
-	$(BIN)/python -m pytest --numprocesses $${TEST_PROCESSES:-2} --dist loadfile --durations 15
+	$(PYTEST) --durations 15
+
+test-quick: lint
+	$(PYTEST) tests/unit -m 'not distributed and not e2e' --durations 5
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -23,3 +23,10 @@ def every_rank_hears_of_rank_zero() -> dict[str, Any]:
             seen["error"] = f"{type(error).__name__}: {error}"
         seen["after"] = float(topology.sum_over_world(torch.ones(())))
         return seen
+
+
+def process_facts(name: str) -> dict[str, Any]:
+    """Of this rank: its process, its parent's, and the environment variable `name`."""
+    import os
+
+    return {"pid": os.getpid(), "parent": os.getppid(), "variable": os.environ.get(name)}

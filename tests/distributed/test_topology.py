@@ -1,8 +1,10 @@
 """The few collectives of the topology, on real processes."""
 
+import os
+
 import pytest
 
-from megafuse.testing.collectives import every_rank_hears_of_rank_zero
+from megafuse.testing.collectives import every_rank_hears_of_rank_zero, process_facts
 from megafuse.testing.distributed import WorkerFailed, run_distributed
 from megafuse.testing.faults import die
 
@@ -17,3 +19,17 @@ def test_an_error_of_rank_zero_is_raised_on_every_rank_and_the_world_stays_usabl
 def test_a_worker_that_dies_fails_the_call_at_once() -> None:
     with pytest.raises(WorkerFailed, match=r"rank 1 died|rank 0 raised"):
         run_distributed(die, 2, 1, timeout=120)
+
+
+def test_ranks_are_new_processes_of_one_server_with_the_environment_of_the_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name, found = "MEGAFUSE_TEST_VARIABLE", []
+    for value in ("first", "second"):
+        monkeypatch.setenv(name, value)
+        ranks = run_distributed(process_facts, 2, name)
+        assert [rank["variable"] for rank in ranks] == [value, value]
+        found += ranks
+    assert len({rank["pid"] for rank in found} | {os.getpid()}) == 5
+    (server,) = {rank["parent"] for rank in found}
+    assert server != os.getpid()
