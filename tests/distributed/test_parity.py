@@ -90,7 +90,7 @@ def test_micro_batches_packing_and_prefix_sharing_change_nothing(
     ways: dict[str, dict[str, Any]] = {
         "one_row": {"data": {"max_row_tokens": 8192}},
         "small_rows": {"data": {"max_row_tokens": longest}},
-        "unshared": {"data": {"max_row_tokens": 300, "prefix_sharing": False}},
+        "unshared": {"data": {"max_row_tokens": 40, "prefix_sharing": False}},
         "unshared_one_row": {"data": {"max_row_tokens": 8192, "prefix_sharing": False}},
         "recompute_full": {"model": {"recompute": "full"}},
         "recompute_selective": {"model": {"recompute": "selective"}},
