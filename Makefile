@@ -26,7 +26,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: quickstart test test-quick lint venv te-check gpu-check gpu-bench clean
 
 quickstart: $(STAMP)
-	OMP_NUM_THREADS=$${QUICKSTART_THREADS:-2} $(BIN)/python examples/quickstart/run.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python examples/quickstart/run.py $(if $(DATA),--data $(DATA))
 
 # Two test processes: most tests keep one core busy; a file stays in one process, for what its tests share; files are
 # begun in the order of tests/conftest.py, longest first, not in that of their number of tests.

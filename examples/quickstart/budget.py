@@ -1,12 +1,12 @@
 """How much the quick start trains on: one step is measured on this machine, and the prompts follow from the time."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megafuse.doctor.hardware import memory_bytes, usable_cores
 from megafuse.observe.manifest import write_json_atomic
 
 # Tokens a pass, where the time allows: more of them would not show more. Prompts above that are left out, and said so.
@@ -15,6 +15,7 @@ BUDGET = {"sft": 14_000, "pair": 36_000, "rank": 30_000}
 PASSES = {"sft": 1.0, "pair": 1.0 + 1 / 3, "rank": 3 / 3}  # pair: the reference pass too; rank: three evaluations
 LAUNCHES = 6  # commands that load the model, after the measurement: train and eval, twice each, reference, export
 MARGIN = 0.85  # of the time is planned: steps differ in length, and other programs run
+TWO_PROCESSES = 8 * 2**30  # bytes: two processes take 6 GiB together, one takes 4 (bench/results)
 LEAST = 0.05  # of the budget: below, there is nothing to see
 
 
@@ -89,6 +90,5 @@ def saved(path: Path) -> tuple[Speed, Plan] | None:
 
 
 def processes_here() -> int:
-    """Data-parallel processes for this machine: two where there are two cores, else one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(2, cores)
+    """Data-parallel processes for this machine: two where there are two cores and memory for both, else one."""
+    return 2 if usable_cores() >= 2 and memory_bytes() >= TWO_PROCESSES else 1

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from megafuse.converters.gguf import find_packaged_gguf, gguf_to_hf
 from megafuse.data.reader import raw_lines
+from megafuse.doctor.hardware import usable_cores
 from megafuse.errors import MegafuseError
 from megafuse.observe.curves import plot_run
 from megafuse.observe.manifest import utc_now, versions, write_json_atomic
@@ -32,6 +33,7 @@ sys.path.insert(0, str(HERE))  # where PYTHONSAFEPATH is set, Python leaves it o
 import budget  # noqa: E402
 
 SHIPPED = HERE / "data.jsonl.gz"
+LONGEST_GROUP = 4096  # tokens; longer ones are dropped
 SAY = Console(stderr=True, highlight=False)
 
 
@@ -114,13 +116,14 @@ def python(*words: Any, check: bool = True) -> None:
 
 
 def megafuse(*words: Any) -> None:
-    """Run one `megafuse` command in one process."""
+    """Run one `megafuse` command in one process, which has all cores."""
+    os.environ["OMP_NUM_THREADS"] = str(usable_cores())
     python("-m", "megafuse", *words)
 
 
 def parallel(args: argparse.Namespace, *words: Any) -> None:
     """Run one `megafuse` command in several gloo processes that share the cores."""
-    threads = max(1, len(os.sched_getaffinity(0)) // args.processes)
+    threads = max(1, usable_cores() // args.processes)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}"]
     python(*launcher, "-m", "megafuse", *words)
@@ -128,7 +131,9 @@ def parallel(args: argparse.Namespace, *words: Any) -> None:
 
 def model_flags(model: Path, data: Path) -> list[Any]:
     """Flags that reference, eval and train share."""
-    return ["--model.path", model, "--data.dataset", data, "--data.max_row_tokens", 4096]
+    # rows of 512 tokens: longer ones are no faster on a CPU, and every token takes 2 MB of activations
+    rows = ["--data.max_row_tokens", 512, "--data.max_group_tokens", LONGEST_GROUP]
+    return ["--model.path", model, "--data.dataset", data, *rows]
 
 
 def reward_scale(path: Path, field: str | None) -> tuple[str, float]:
@@ -151,8 +156,9 @@ def fit(args: argparse.Namespace, run: Path, model: Path, data: dict[str, Path])
     sizes = {kind: {name: found[name] for name in ("groups", "tokens")} for kind, found in manifests.items()}
     began, report = time.monotonic(), run / "measure.json"
     parallel(
-        args, "bench", "--out", report, "--model.path", model, "--data.path", data["pair"], "--data.max_row_tokens",
-        4096, "--loss", "dpo", "--sources", 4, "--prefix_sharing", "shared", "--steps", 1, "--warmup", 1,
+        args, "bench", "--out", report, "--model.path", model, "--data.path", data["pair"],
+        "--data.max_row_tokens", 512, "--data.max_group_tokens", LONGEST_GROUP,
+        "--loss", "dpo", "--sources", 4, "--prefix_sharing", "shared", "--steps", 1, "--warmup", 1,
         "--global_batch_size", min(args.batch, sizes["pair"]["groups"]), "--observe.no-breakdown", "--seed", args.seed,
     )  # fmt: skip
     speed = budget.read_speed(json.loads(report.read_text()), time.monotonic() - began)
@@ -175,8 +181,8 @@ def build(
     flags: list[Any] = [
         "--inputs", args.data, "--output", out, "--tokenizer", target, "--kind", kind, "--holdout", 0.2,
         "--seed", args.seed, "--reward_field", field, "--on_bad_response", "drop", "--on_bad_record", "skip",
-        "--on_unfinished", "no_end_of_turn", "--max_length", 640, "--max_row_tokens", 4096, "--on_long_group", "drop",
-        "--overwrite",
+        "--on_unfinished", "no_end_of_turn", "--max_length", 640, "--max_row_tokens", LONGEST_GROUP,
+        "--on_long_group", "drop", "--overwrite",
     ]  # fmt: skip
     if kind != "rank":
         flags += ["--alpha", alpha]

@@ -6,15 +6,30 @@ from pathlib import Path
 from megafuse.doctor.finding import Finding
 from megafuse.parallel.precision import BF16_FLAGS, SIZE, bf16_of, cpu_flags, product_seconds
 
+OWN_GROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_bytes() -> int:
+    """Memory of the machine, or the least that a control group of this process allows."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    own = OWN_GROUP.read_text().rpartition("::/")[2].strip() if OWN_GROUP.is_file() else ""  # version 2: "0::/a/b"
+    for folder in [CGROUPS / own, *(CGROUPS / own).parents]:
+        limit = folder / "memory.max"
+        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+            memory = min(memory, int(text))
+        if folder == CGROUPS:
+            break
+    return memory
+
 
 def machine() -> Finding:
-    """Cores that this process may use, and memory in GiB, the control group's limit included."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        memory = min(memory, int(text))
-    return Finding("machine", "ok", f"{cores} cores, {memory / 2**30:.1f} GiB memory")
+    """Cores that this process may use, and memory in GiB, the control groups' limits included."""
+    return Finding("machine", "ok", f"{usable_cores()} cores, {memory_bytes() / 2**30:.1f} GiB memory")
 
 
 def cpu_precision() -> Finding:

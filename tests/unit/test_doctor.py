@@ -167,3 +167,17 @@ def test_what_can_be_installed_is_named_as_a_checkout_installs_it() -> None:
 def tomllib_extras() -> set[str]:
     tomllib = pytest.importorskip("tomllib")
     return set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+
+
+def test_memory_is_the_least_that_a_control_group_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own").write_text("0::/user/job\n")
+    (tmp_path / "groups" / "user" / "job").mkdir(parents=True)
+    monkeypatch.setattr(hardware, "OWN_GROUP", tmp_path / "own")
+    monkeypatch.setattr(hardware, "CGROUPS", tmp_path / "groups")
+    whole = hardware.memory_bytes()
+    (tmp_path / "groups" / "user" / "job" / "memory.max").write_text("max\n")
+    assert hardware.memory_bytes() == whole
+    (tmp_path / "groups" / "user" / "memory.max").write_text(f"{6 * 2**20}\n")
+    assert hardware.memory_bytes() == 6 * 2**20
+    (tmp_path / "own").write_text("12:memory:/old\n1:name=systemd:/\n")  # version 1 has no such file
+    assert hardware.memory_bytes() == whole
