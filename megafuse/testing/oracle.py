@@ -105,6 +105,10 @@ def double_model(hf_folder: Path) -> Any:
         if hasattr(module, "scalar_embed_scale"):  # kept in fp32
             module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float64)
             continue
+        if hasattr(module, "original_inv_freq"):
+            # no file has it, and loading left uninitialised memory there where torch had compiled something before
+            module.inv_freq = module.original_inv_freq = type(module)(module.config).inv_freq
+            continue
         if type(module).__name__ == "Gemma2RMSNorm":
             exact = ExactZeroCentredNorm(module)
         elif type(module).__name__.endswith("RMSNorm"):
