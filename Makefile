@@ -6,8 +6,13 @@
 #
 # Both first make .venv from constraints.txt, the tested versions (PYTHON=... picks the interpreter, 3.10 or newer).
 # Also: make venv, make lint, make clean; make te-check, Transformer Engine's layers without a GPU (nvcc, 8 GB, ten
-# minutes); on a CUDA machine make gpu-check (WHEELS=folder where there is no network) and make gpu-bench
-# (DATA=scored.jsonl.gz).
+# minutes). For a CUDA machine, whose own Python is used (PYTHON=...):
+#
+#   make gpu-wheels              here, where there is a network: wheels/ and .gpu/, what to take along (DATA=: also that)
+#   make gpu-check               parity, kernels; WHEELS=wheels where there is no network; report in OUT=bench/results,
+#                                or in the file REPORT=
+#   make gpu-bench DATA=file     throughput on the lengths of scored answers (.jsonl.gz), kernels; results in OUT=
+#   bash scripts/gpu_run.sh      both in pieces of less than ten minutes, logs and results in one folder: a lent GPU
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -23,7 +28,7 @@ TOOLS := pytest pytest-timeout pytest-xdist hypothesis ruff mypy pybind11 gguf a
 export PYTHONSAFEPATH := 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-quick lint venv te-check gpu-check gpu-bench clean
+.PHONY: quickstart test test-quick lint venv te-check gpu-wheels gpu-check gpu-bench clean
 
 quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart/run.py $(if $(DATA),--data $(DATA))
@@ -62,11 +67,14 @@ $(TE_VENV)/.installed: scripts/te_env.sh
 	PYTHON=$(PYTHON) bash scripts/te_env.sh $(TE_VENV)
 	touch $@
 
+gpu-wheels:
+	PYTHON=$(PYTHON) DATA=$(DATA) bash scripts/gpu_wheels.sh
+
 gpu-check:
-	PYTHON=$(PYTHON) WHEELS=$(WHEELS) bash scripts/gpu_check.sh
+	PYTHON=$(PYTHON) WHEELS=$(WHEELS) OUT=$(OUT) REPORT=$(REPORT) bash scripts/gpu_check.sh
 
 gpu-bench:
-	PYTHON=$(PYTHON) DATA=$(DATA) bash scripts/gpu_bench.sh
+	PYTHON=$(PYTHON) DATA=$(DATA) OUT=$(OUT) bash scripts/gpu_bench.sh
 
 clean:
 	rm -rf $(VENV) $(TE_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis kernels/*.so
