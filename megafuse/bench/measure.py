@@ -22,7 +22,7 @@ from megafuse.errors import NonFiniteError
 from megafuse.losses.registry import Loss
 from megafuse.parallel.topology import Topology
 from megafuse.training.optim import Engine
-from megafuse.training.step import RowInput, train_step
+from megafuse.training.step import RowInput, StepResult, train_step
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,11 @@ class Stepper:
     prefix_sharing: bool
 
     def step(self, timeline: Timeline | None = None) -> BatchPlan:
-        """Do it; `timeline` gets the host's part marked.
+        """Do it, and say what was planned. Arguments and errors: see `take`."""
+        return self.take(timeline)[0]
+
+    def take(self, timeline: Timeline | None = None) -> tuple[BatchPlan, StepResult]:
+        """Do it, and say what was planned and what came of it; `timeline` gets the host's part marked.
 
         Raises:
             NonFiniteError: the loss or the gradient was not finite, so that no update was made and no time is true.
@@ -80,7 +84,7 @@ class Stepper:
                 f"the measured step has loss {result.loss} and gradient norm {result.grad_norm}: random weights of "
                 f"this shape overflow; try model.precision = 'fp32' or another seed"
             )
-        return plan
+        return plan, result
 
     def _row(self, parts: tuple[Part, ...], length: int) -> RowInput:
         row = build_row(groups_of(self.groups, parts), prefix_sharing=self.prefix_sharing, row_tokens=length)
