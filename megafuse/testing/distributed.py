@@ -103,6 +103,7 @@ def _worker(
     store = dist.FileStore(str(Path(folder) / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
     try:
+        dist.barrier()  # a rank that is done at once must not close the connections that others are still making
         pipe.send((False, function(*args)))
     except BaseException:
         pipe.send((True, traceback.format_exc()))
