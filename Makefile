@@ -1,10 +1,10 @@
-# Two commands are all that is needed:
+# Two commands are all that is needed, and a third for who changes the code:
 #
 #   make quickstart              FuseSFT and FusePO of a small model, here, in minutes (DATA=file.jsonl.gz: your answers)
-#   make test                    lint, types, every test: 25 minutes on two cores
-#   make test-quick              lint, types, and the unit tests, less the longest files: 5 minutes
+#   make test                    lint, types, every test
+#   make test-quick              lint, types and the unit tests, within five minutes on two cores
 #
-# Both first make .venv from constraints.txt, the tested versions (PYTHON=... picks the interpreter, 3.10 or newer).
+# All first make .venv from constraints.txt, the tested versions (PYTHON=... picks the interpreter, 3.10 or newer).
 # Also: make venv, make lint, make clean; make te-check, Transformer Engine's layers without a GPU (nvcc, 8 GB, ten
 # minutes). For a CUDA machine, whose own Python is used (PYTHON=...):
 #
@@ -44,7 +44,7 @@ test: lint
 	$(PYTEST) --durations 15
 
 test-quick: lint
-	$(PYTEST) tests/unit -m 'not distributed and not e2e' --durations 5
+	$(PYTEST) tests/unit --durations 5
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -34,4 +34,6 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     folder = Path(__file__).parent
     place = {folder / name: number for number, name in enumerate(LONGEST)}
+    if missing := [str(path) for path in place if not path.is_file()]:
+        raise pytest.UsageError(f"LONGEST in tests/conftest.py names {', '.join(missing)}, which there is not")
     items.sort(key=lambda item: place.get(item.path, len(LONGEST)))  # stable: a file's tests keep their order

@@ -21,6 +21,7 @@ PRELOADED = (
     "megafuse.testing.gradients",
     "megafuse.converters.importer",
     "transformers.models.llama.modeling_llama",
+    "datasets",
 )
 
 

@@ -53,5 +53,5 @@ def test_ci_installs_slurm_where_it_may(
     line = [str(shutil.which("bash")), str(repository / ".ci" / "run")]
     done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "log").read_text().splitlines() == [*calls, "make venv", "make test"]
+    assert (tmp_path / "log").read_text().splitlines() == [*calls, "make venv", "make lint", "make test"]
     assert done.stdout.strip() == told
