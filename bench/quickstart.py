@@ -5,6 +5,7 @@ python bench/quickstart.py --data scored.jsonl.gz --seeds 0 --out bench/results/
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -34,15 +35,14 @@ class Peak(threading.Thread):
 
     def run(self) -> None:
         """Look twice a second, until the process ends."""
-        while self.root.is_running() and self.root.status() != psutil.STATUS_ZOMBIE:
-            total = 0
-            for process in [self.root, *self.root.children(recursive=True)]:
-                try:
-                    total += process.memory_full_info().pss
-                except (psutil.NoSuchProcess, psutil.ZombieProcess):
-                    continue
-            self.gib = max(self.gib, total / 2**30)
-            time.sleep(0.5)
+        with contextlib.suppress(psutil.NoSuchProcess):  # of the root: it has ended
+            while self.root.status() != psutil.STATUS_ZOMBIE:
+                total = 0
+                for process in [self.root, *self.root.children(recursive=True)]:
+                    with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                        total += process.memory_full_info().pss
+                self.gib = max(self.gib, total / 2**30)
+                time.sleep(0.5)
 
 
 def cpu_name() -> str:

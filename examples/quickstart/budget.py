@@ -12,10 +12,10 @@ from megafuse.observe.manifest import write_json_atomic
 # Tokens a pass, where the time allows: more of them would not show more. Prompts above that are left out, and said so.
 BUDGET = {"sft": 14_000, "pair": 36_000, "rank": 30_000}
 # What each token of a data set costs, in tokens of a training step: forward and backward are 3, forward alone is 1.
-PASSES = {"sft": 1.0, "pair": 1.0 + 1 / 3, "rank": 3 / 3}  # pair: the reference pass too; rank: three evaluations
-LAUNCHES = 6  # commands that load the model, after the measurement: train and eval, twice each, reference, export
+PASSES = {"sft": 1.0, "pair": 1.0 + 1 / 3, "rank": 1.0}  # pair: the reference pass too; rank: three evaluations
+LAUNCHES = 8  # after the measurement: train twice, eval three times, reference, export, and the builds together
 MARGIN = 0.85  # of the time is planned: steps differ in length, and other programs run
-TWO_PROCESSES = 8 * 2**30  # bytes: two processes take 6 GiB together, one takes 4 (bench/results)
+TWO_PROCESSES = 8 * 2**30  # bytes: two processes take up to 6 GiB together, one takes 4
 LEAST = 0.05  # of the budget: below, there is nothing to see
 
 
@@ -64,12 +64,14 @@ def plan(sizes: Mapping[str, Mapping[str, int]], speed: Speed, seconds_left: flo
     whole = {kind: float(min(BUDGET[kind], sizes[kind]["tokens"])) for kind in BUDGET}
     fixed = LAUNCHES * speed.start_seconds
     factor = (MARGIN * seconds_left - fixed) / max(seconds_of(whole, speed) - fixed, 1e-9)
-    return scaled(sizes, speed, min(1.0, max(LEAST, factor)))
+    return scaled(sizes, speed, min(1.0, max(LEAST, factor)), whole)
 
 
-def scaled(sizes: Mapping[str, Mapping[str, int]], speed: Speed, factor: float) -> Plan:
-    """`factor` of BUDGET, whatever the time."""
-    tokens = {kind: min(factor * BUDGET[kind], sizes[kind]["tokens"]) for kind in BUDGET}
+def scaled(
+    sizes: Mapping[str, Mapping[str, int]], speed: Speed, factor: float, of: Mapping[str, float] = BUDGET
+) -> Plan:
+    """`factor` of so many tokens, whatever the time."""
+    tokens = {kind: min(factor * of[kind], sizes[kind]["tokens"]) for kind in BUDGET}
     prompts = {
         kind: max(1, int(sizes[kind]["groups"] * tokens[kind] / max(1, sizes[kind]["tokens"]))) for kind in BUDGET
     }

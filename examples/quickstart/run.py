@@ -19,6 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
+from megafuse.data.dataset import GroupDataset
 from megafuse.data.reader import raw_lines
 from megafuse.doctor.hardware import usable_cores
 from megafuse.errors import MegafuseError
@@ -149,27 +150,40 @@ def fit(args: argparse.Namespace, run: Path, model: Path, data: dict[str, Path])
     """Measure a FusePO step here, and take the prompts that fit the time; said, and kept for a second start."""
     kept = run / "budget.json"
     if found := budget.saved(kept):
+        SAY.print(f"the prompts of the first start are kept: {kept}")
         return found[1]
     stage("measure: two FusePO steps of this model, on this machine")
     manifests = {kind: json.loads((path / "manifest.json").read_text()) for kind, path in data.items()}
     sizes = {kind: {name: found[name] for name in ("groups", "tokens")} for kind, found in manifests.items()}
     began, report = time.monotonic(), run / "measure.json"
+    sources, prompts = alike(data["pair"], args.batch)
     parallel(
         args, "bench", "--out", report, "--model.path", model, "--data.path", data["pair"],
         "--data.max_row_tokens", 512, "--data.max_group_tokens", LONGEST_GROUP,
-        "--loss", "dpo", "--sources", 4, "--prefix_sharing", "shared", "--steps", 1, "--warmup", 1,
-        "--global_batch_size", min(args.batch, sizes["pair"]["groups"]), "--observe.no-breakdown", "--seed", args.seed,
+        "--loss", "dpo", "--sources", sources, "--prefix_sharing", "shared", "--steps", 1, "--warmup", 1,
+        "--global_batch_size", prompts, "--observe.no-breakdown", "--seed", args.seed,
     )  # fmt: skip
     speed = budget.read_speed(json.loads(report.read_text()), time.monotonic() - began)
     left = 60 * args.minutes - (time.monotonic() - args.start)
     plan = budget.scaled(sizes, speed, args.budget) if args.budget else budget.plan(sizes, speed, left)
     SAY.print(
-        f"a step of {speed.prompts} prompts takes {speed.step_seconds:.1f} s here in {speed.precision}: "
+        f"FusePO does {speed.tokens_per_second:.0f} tokens/s here in {speed.precision}: "
         f"{plan.prompts['sft']} prompts for FuseSFT, {plan.prompts['pair']} for FusePO, {plan.prompts['rank']} held "
         f"out ({plan.factor:.0%} of what is taken where time allows); [bold]about {plan.minutes:.0f} more minutes"
     )
     budget.save(kept, speed, plan)
     return plan
+
+
+def alike(pairs: Path, batch: int) -> tuple[int, int]:
+    """(sources, prompts) of a step that costs what one of `batch` prompts does, whatever sources the prompts have.
+
+    With as many sources as every prompt has none has to borrow an answer, which could make it too long.
+    """
+    found = GroupDataset(pairs)
+    terms = [len(found[i].weights) for i in range(len(found))]
+    sources = min(terms)
+    return sources, min(len(terms), max(1, round(batch * statistics.mean(terms) / sources)))
 
 
 def build(

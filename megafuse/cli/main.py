@@ -44,7 +44,9 @@ COMMANDS: dict[str, Command] = {
         "megafuse.cli.sample", "prompts -> responses of one source (vLLM, or a server); resumes by itself"
     ),
     "sample list": Command("megafuse.cli.lists", "the sources whose sampling parameters it knows", "sample"),
-    "score": Command("megafuse.cli.score", "responses -> verified and scored responses; resumes by itself"),
+    "score": Command(
+        "megafuse.cli.score", "responses -> verified and scored responses; resumes by itself", on_device=True
+    ),
     "build": Command("megafuse.cli.build", "scored answers -> tokenised data set for FuseSFT or FusePO"),
     "reference": Command(
         "megafuse.cli.reference", "log-probs of a data set under the reference model, computed once", on_device=True
@@ -55,7 +57,7 @@ COMMANDS: dict[str, Command] = {
     "convert import": Command("megafuse.cli.convert", "Hugging Face folder -> Megatron checkpoint", "import"),
     "convert export": Command("megafuse.cli.convert", "Megatron checkpoint -> Hugging Face folder", "export"),
     "convert verify": Command(
-        "megafuse.cli.convert", "is a checkpoint that model: bits, layouts, logits", "verify", True
+        "megafuse.cli.convert", "is a checkpoint that model: bits, layouts, logits", "verify", on_device=True
     ),
     "convert inspect": Command("megafuse.cli.convert", "what a checkpoint or folder holds", "inspect"),
     "eval": Command("megafuse.cli.eval", "intra- and cross-rank accuracy of a model on a data set", on_device=True),

@@ -34,9 +34,13 @@ FREE = (
 
 
 def began_precision(run_dir: Path) -> str | None:
-    """`model.precision` that the run in `run_dir` began with; None where there is no run. Raises ConfigError."""
+    """`model.precision` that the run in `run_dir` began with; None where there is no run, or none that has decided.
+
+    Raises ConfigError.
+    """
     path = run_dir / CONFIG_FILE
-    return load(TrainConfig, path).model.precision if path.is_file() else None
+    precision = load(TrainConfig, path).model.precision if path.is_file() else "auto"
+    return None if precision == "auto" else precision
 
 
 def refuse_drift(config: TrainConfig, after_step: int = 0) -> list[dict[str, Any]]:
@@ -61,7 +65,12 @@ def refuse_drift(config: TrainConfig, after_step: int = 0) -> list[dict[str, Any
     if not path.is_file():
         _write(config)
         return changes
-    before = _flat(load(TrainConfig, path).model_dump(mode="json"))
+    began = load(TrainConfig, path)
+    if began.model.precision == "auto":  # put here by hand: decided by this start
+        model = began.model.model_copy(update={"precision": config.model.precision})
+        began = began.model_copy(update={"model": model})
+        _write(began)
+    before = _flat(began.model_dump(mode="json"))
     changed = [key for key in now if before.get(key) != now[key] and not _is_free(key)]
     if refused := [key for key in changed if key not in config.allow_change]:
         lines = [f"  {key}: began with {before.get(key)!r}, now {now[key]!r}" for key in refused]

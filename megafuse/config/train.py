@@ -73,7 +73,7 @@ class ModelConfig(Config):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Parameters and activations; the optimizer always keeps fp32 master weights. `auto`: bf16 where the devices of all
     ranks compute it (CUDA from sm_80 on, CPUs with avx512_bf16, amx_bf16 or Arm's bf16), else fp32; a run that goes on
-    keeps what it began with."""
+    keeps what it began with, a new one takes that of its `reference.path`."""
     attention: Literal["auto", "flex", "sdpa", "te"] = "auto"
     """Core attention: `sdpa` anywhere; `flex` (FlexAttention, CUDA); `te` (Transformer Engine, CUDA, neither prefix
     sharing nor context parallelism). `auto`: flex on CUDA for heads of at least 16 dimensions, else sdpa."""

@@ -47,9 +47,10 @@ def input_digests(paths: Sequence[Path]) -> list[str]:
 
 
 def recorded_setting(output: Path, name: str) -> Any:
-    """Setting `name` of the run whose chunks, or whose finished output, `output` is; None where there is none."""
+    """Setting `name` of the run that made chunks of `output`, or finished it; None where nothing is made yet."""
     chunks, manifest = output.with_name(f"{output.name}.chunks"), output.with_name(f"{output.name}.manifest.json")
-    identity = _read_json(chunks / "identity.json") or (_read_json(manifest) or {}).get("identity") or {}
+    identity = _read_json(chunks / "identity.json") if any(chunks.glob("[0-9]*.jsonl")) else None
+    identity = identity or (_read_json(manifest) or {}).get("identity") or {}
     return identity.get("settings", {}).get(name)
 
 

@@ -21,7 +21,7 @@ def _view(numbers: pa.Array) -> np.ndarray:
     """
     if numbers.null_count:
         raise pa.ArrowInvalid(f"{numbers.null_count} of {len(numbers)} values are null")
-    dtype, buffer = np.dtype(str(numbers.type).replace("double", "float64")), numbers.buffers()[1]
+    dtype, buffer = np.dtype(numbers.type.to_pandas_dtype()), numbers.buffers()[1]
     if buffer is None:  # an empty array may have none
         return np.empty(0, dtype)
     view = np.frombuffer(buffer, dtype, len(numbers), numbers.offset * dtype.itemsize)

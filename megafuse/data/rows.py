@@ -133,11 +133,15 @@ class RowPlanner:
         if len(self.tokens) and self.tokens.max() > limit:
             worst = int(self.tokens.argmax())
             group, own = self.parts[worst]
-            what = "" if prefix_sharing else f" for its responses {', '.join(map(str, own))}, which a term combines,"
+            what = ","
+            if len(own) > 1 and not prefix_sharing:
+                what = f" for its responses {', '.join(map(str, own))}, which a term combines;"
+            elif not prefix_sharing:
+                what = f" for its response {own[0]};"
             name = "data.max_row_tokens" if limit == self.budget else "data.max_group_tokens"
             raise DataError(
                 f"group {group} (prompt_id {data[group].prompt_id!r}) needs {self.tokens[worst]} tokens in one row"
-                f"{what or ','} {name} allows {limit}; raise it, or build the data set with "
+                f"{what} {name} allows {limit}; raise it, or build the data set with "
                 f"{'fewer or shorter responses a prompt' if len(own) > 1 else 'a smaller max_length'}"
             )
 

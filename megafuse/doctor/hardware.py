@@ -1,6 +1,7 @@
 """Probes of the machine: cores, memory, instructions."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from megafuse.doctor.finding import Finding
@@ -10,21 +11,29 @@ OWN_GROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may run on: its affinity, or the least time that a control group of it allows."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for text in _limits("cpu.max"):  # "200000 100000": so many microseconds of every 100 000; or "max 100000"
+        quota, _, period = text.partition(" ")
+        if quota.isdigit():
+            cores = min(cores, max(1, round(int(quota) / int(period or 100_000))))
+    return cores
 
 
 def memory_bytes() -> int:
     """Memory of the machine, or the least that a control group of this process allows."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    own = OWN_GROUP.read_text().rpartition("::/")[2].strip() if OWN_GROUP.is_file() else ""  # version 2: "0::/a/b"
+    return min([memory, *(int(text) for text in _limits("memory.max") if text.isdigit())])
+
+
+def _limits(name: str) -> Iterator[str]:
+    """The file `name` of every control group that this process is in, from its own to the root's (version 2)."""
+    own = OWN_GROUP.read_text().rpartition("::/")[2].strip() if OWN_GROUP.is_file() else ""  # "0::/a/b"
     for folder in [CGROUPS / own, *(CGROUPS / own).parents]:
-        limit = folder / "memory.max"
-        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-            memory = min(memory, int(text))
+        if (folder / name).is_file():
+            yield (folder / name).read_text().strip()
         if folder == CGROUPS:
-            break
-    return memory
+            return
 
 
 def machine() -> Finding:
@@ -45,5 +54,5 @@ def cpu_precision() -> Finding:
     support = bf16_of(torch.device("cpu"))
     if support.native:
         return Finding("CPU", "ok", f"{detail}; auto trains in bf16: {support.reason}")
-    fix = "nothing, unless a run began in bf16 elsewhere (it keeps it): go on with that one on another machine"
+    fix = "nothing for new runs; go on with a run that began in bf16 on a machine that computes it"
     return Finding("CPU", "ok", f"{detail}; auto trains in fp32: {support.reason}", fix)

@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     from megafuse.parallel.topology import Topology
 
 RunT = TypeVar("RunT", bound=Config)
+Began = Callable[[], tuple[str, str] | None]
+BEGAN = "what it began with"
 
 # Instructions that multiply bf16 matrices, by their names in /proc/cpuinfo: x86 ("flags") and Arm ("Features")
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 CPUINFO = Path("/proc/cpuinfo")
+ENOUGH = 0.8  # of the time of an fp32 product: what is about as fast must not be decided by noise
 SIZE = 384  # of the square matrices of the timed product: emulated, one takes half a second at most
 
 
@@ -76,16 +79,15 @@ def _measured() -> Bf16:
 
     ratio = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
     told = f"a bf16 product takes {ratio:.2g} times as long as one in fp32 on this {platform.machine()} CPU"
-    return Bf16(ratio <= 1, told)
+    return Bf16(ratio <= ENOUGH, told)
 
 
-def settle_precision(
-    wanted: str, topology: "Topology", began: Callable[[], str | None] = lambda: None
-) -> tuple[str, str]:
+def settle_precision(wanted: str, topology: "Topology", began: Began = lambda: None) -> tuple[str, str]:
     """(bf16 | fp32, reason) of a run, the same on every rank. Collective where `wanted` is `auto`.
 
-    `auto` is what the run began with (`began()`, called on rank 0), so that it goes on to the bit on any machine; for
-    a new run bf16 if every rank's device computes it, else fp32. The reason is "" for a value that was asked for.
+    `auto` is what the run is bound to (`began()`, called on rank 0: the precision, and what binds it), so that it goes
+    on to the bit on any machine; for a new run bf16 if every rank's device computes it, else fp32. The reason is "" for
+    a value that was asked for.
     """
     if wanted != "auto":
         return wanted, ""
@@ -94,14 +96,14 @@ def settle_precision(
     def decide() -> tuple[str, str]:
         assert found is not None, "rank 0 has gathered"
         worst = next((one for one in found if not one.native), found[0])
-        if before := began():
-            return before, f"what it began with; here {worst.reason}"
+        if bound := began():
+            return bound[0], f"{bound[1]}; here {worst.reason}"
         return ("bf16" if worst.native else "fp32"), worst.reason
 
     return topology.on_rank_zero(decide)
 
 
-def settled(config: RunT, topology: "Topology", began: Callable[[], str | None] = lambda: None) -> tuple[RunT, str]:
+def settled(config: RunT, topology: "Topology", began: Began = lambda: None) -> tuple[RunT, str]:
     """(`config`, whose `model` is a ModelConfig, with a `model.precision` that is not `auto`; the reason).
 
     See `settle_precision`.

@@ -21,8 +21,11 @@ def settings_text(precision: str) -> str:
 
 
 def settings_precision(settings: str) -> str:
-    """The precision in a `settings_text`."""
-    return settings.rpartition(", ")[2]
+    """The precision in a `settings_text`. Raises IntegrityError where there is none."""
+    precision = settings.rpartition(", ")[2]
+    if precision not in ("bf16", "fp32"):
+        raise IntegrityError(f"a reference cache names no precision in its settings {settings!r}: write a new one")
+    return precision
 
 
 def reference_digest(checkpoint: Path, data_manifest: dict[str, Any], *, precision: str) -> dict[str, str]:
@@ -43,8 +46,9 @@ def require_match(expected: dict[str, str], found: dict[str, str], where: Path) 
     wrong = [part for part in PARTS if expected[part] != found.get(part)]
     if wrong:
         lines = [f"  {part}: {PARTS[part]}: cache {found.get(part)!r}, this run {expected[part]!r}" for part in wrong]
-        other = settings_precision(found.get("settings", ""))
-        advice = f"\nset model.precision = {other!r} to use it, or " if wrong == ["settings"] else "\n"
+        advice = "\n"
+        if wrong == ["settings"]:
+            advice = f"\nset model.precision = {settings_precision(found.get('settings', ''))!r} to use it, or "
         raise IntegrityError(
             f"reference cache {where} does not belong to this run; these parts differ:\n"
             + "\n".join(lines)

@@ -1,6 +1,7 @@
 """A forward-only run over a data set, on every rank: what `megafuse reference` and `megafuse eval` share."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,11 +13,17 @@ from megafuse.data.rows import check_vocabulary, row_planner
 from megafuse.model.arch import read_arch
 from megafuse.model.build import build_model, choose_backend
 from megafuse.parallel.layouts import check_layout
-from megafuse.parallel.precision import settled
+from megafuse.parallel.precision import BEGAN, settled
 from megafuse.parallel.topology import layout, process_groups, world_size_here
 from megafuse.reference.cache import ReferenceLogps, began_precision, is_complete, read_cache
 from megafuse.reference.compute import write_reference
 from megafuse.reference.digest import reference_digest
+
+
+def bound_by(folder: Path) -> tuple[str, str] | None:
+    """The precision that a cache in `folder`, finished or not, binds its passes to, for `settled`."""
+    precision = began_precision(folder)
+    return None if precision is None else (precision, BEGAN)
 
 
 def run_reference(config: ReferenceRunConfig | EvalConfig, folder: Path, name: str) -> ReferenceLogps:
@@ -35,7 +42,7 @@ def run_reference(config: ReferenceRunConfig | EvalConfig, folder: Path, name: s
     planner = row_planner(config, data, arch, world_size_here(), backend)
     flat, offsets = data.response_lengths
     with process_groups(), layout(config.parallel) as topology:
-        config, why = settled(config, topology, lambda: began_precision(folder))
+        config, why = settled(config, topology, partial(bound_by, folder))
         backend = backend.at(config.model.precision, why)
         if topology.rank == 0:
             print(f"world {topology.world_size} on {topology.device.type}, {backend}", file=sys.stderr, flush=True)

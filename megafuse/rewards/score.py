@@ -80,11 +80,12 @@ def _settled(config: ScoreConfig) -> ScoreConfig:
     """`config` with the `dtype` of a reward model that runs here; that of the chunks that are there already."""
     if config.dtype != "auto" or config.reward not in ("armorm", "classifier"):
         return config
-    dtype = recorded_setting(config.output, "dtype")
-    if dtype is None:
-        device = _device(config.device)
-        dtype = "bfloat16" if device.type == "cuda" and bf16_of(device).native else "float32"
+    dtype = recorded_setting(config.output, "dtype") or _native(_device(config.device))
     return config.model_copy(update={"dtype": dtype})
+
+
+def _native(device: "torch.device") -> str:
+    return "bfloat16" if device.type == "cuda" and bf16_of(device).native else "float32"
 
 
 def _device(name: str) -> "torch.device":
@@ -155,13 +156,15 @@ def _reward_model(config: ScoreConfig) -> Scorer:
     from megafuse.rewards.models import RewardModel
 
     assert config.model is not None, "ScoreConfig requires it"
+    device = _device(config.device)
+    dtype = config.dtype if config.dtype != "auto" else _native(device)  # chunks of before it was resolved say auto
     return RewardModel(
         config.reward,
         config.model,
         batch_tokens=config.batch_tokens,
         max_length=config.max_length,
-        dtype=getattr(torch, config.dtype),
-        device=_device(config.device),
+        dtype=getattr(torch, dtype),
+        device=device,
     )
 
 

@@ -1,6 +1,7 @@
 """`megafuse sample`: N responses of one source to every prompt, chunk by chunk, each chunk whole or absent."""
 
 import hashlib
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -170,6 +171,8 @@ def _settled(config: SampleConfig) -> SampleConfig:
         return config
     dtype = recorded_setting(config.output, "dtype")
     if dtype is None:
+        # as vLLM does: its engine may be forked from here, which a CUDA context does not survive
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         import torch
 
         emulated = not torch.cuda.is_available() and not bf16_of(torch.device("cpu")).native

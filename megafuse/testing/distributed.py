@@ -34,9 +34,9 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
 
     `function` must be importable by name in a fresh process (tests keep theirs in `megafuse.testing`), its results
     picklable. A calling program needs the `if __name__ == "__main__"` guard. One rank runs in the calling process.
-    Other ranks are processes that only import: they are forked from a server that has done so and nothing else (one a
-    calling program, which it ends with), with the caller's environment of now. All share one seed of hashes, which
-    ranks under torchrun do not.
+    Several are forked from a server that has only imported (one for each calling program, which it ends with), with
+    the caller's environment of now; all share one seed of hashes, which ranks under torchrun do not. With CUDA they are
+    new processes.
 
     Raises:
         WorkerFailed: a rank raised (with its traceback), died, or missed the deadline; all processes are gone then.
@@ -44,8 +44,9 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
     if world_size == 1:
         with process_groups():
             return [function(*args)]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
+    context: Any = multiprocessing.get_context("spawn" if has_cuda() else "forkserver")
+    if not has_cuda():
+        context.set_forkserver_preload(list(PRELOADED))
     environment = dict(os.environ)  # the server keeps the one in which it was started
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
@@ -64,6 +65,13 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
                 if process.is_alive():
                     process.kill()
                     process.join()
+
+
+def has_cuda() -> bool:
+    """Whether ranks need a CUDA context, which no process that is forked after the first look for a device can have."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _results(pipes: Sequence[Connection], timeout: float) -> list[Any]:

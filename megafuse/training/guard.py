@@ -52,7 +52,7 @@ class SpikeGuard:
 
 def write_incident(run_dir: Path, step: int, data: GroupDataset, plan: BatchPlan, facts: dict[str, Any]) -> Path:
     """RUN/incidents/step_00000012.json: `facts`, and the prompt ids of the batch by data-parallel rank and row."""
-    rows = [[[data[part.group].prompt_id for part in row] for row in rank] for rank in plan.rows]
+    rows = [[[data[g].prompt_id for g in dict.fromkeys(p.group for p in row)] for row in rank] for rank in plan.rows]
     path = run_dir / INCIDENTS / f"step_{step:08d}.json"
     write_json_atomic(path, {"step": step, **facts, "prompt_ids": rows})
     return path

@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from megafuse.losses.registry import Loss, make_loss
 from megafuse.model.arch import ModelArch, read_arch
 from megafuse.model.build import Backend, build_model, choose_backend
 from megafuse.parallel.layouts import check_layout
-from megafuse.parallel.precision import settled
+from megafuse.parallel.precision import BEGAN, settled
 from megafuse.parallel.topology import Topology, layout, process_groups, world_size_here
 from megafuse.parallel.tp_overlap import user_buffers
 from megafuse.reference.cache import ReferenceLogps, is_complete, read_cache
+from megafuse.reference.cache import began_precision as cache_precision
 from megafuse.reference.compute import write_reference
 from megafuse.reference.digest import reference_digest
 from megafuse.training.guard import RollBack, SpikeGuard, leave_out, left_out
@@ -56,8 +58,17 @@ def train(config: TrainConfig) -> Path:
     check_layout(arch, config.parallel, world_size_here())
     planner = row_planner(config, data, arch, world_size_here(), backend)
     with process_groups(), layout(config.parallel, seed=config.seed) as topology:
-        config, why = settled(config, topology, lambda: began_precision(config.run_dir))
+        config, why = settled(config, topology, partial(bound_by, config))
         return _Run(config, arch, data, loss, backend.at(config.model.precision, why), planner, topology).run()
+
+
+def bound_by(config: TrainConfig) -> tuple[str, str] | None:
+    """The precision that the run is bound to: what it began with, or that of the reference cache that it is to use."""
+    if began := began_precision(config.run_dir):
+        return began, BEGAN
+    cache = config.reference.path
+    precision = cache_precision(cache) if cache is not None else None
+    return None if precision is None else (precision, f"that of {cache}")
 
 
 def check_data(data: GroupDataset, arch: ModelArch, loss: Loss) -> None:

@@ -97,7 +97,7 @@ def train_step(
     norms = grad_norms(engine, topology)
     grad_norm = total_norm(norms)
     value = sums.pop("loss")[0]
-    # AdamW adds squares up in fp32: of gradients whose squares do not fit there it would make updates of zero
+    # as megatron-core's fp32 norm refuses: AdamW's squares of such gradients, unless they are clipped, do not fit fp32
     whole = abs(value) <= LARGEST and grad_norm * grad_norm <= LARGEST  # NaN is not
     votes = topology.least(float(whole), float(not refuse(grad_norm)), -float(stop()))
     finite, wanted, stopping = votes[0] > 0, votes[1] > 0, -int(votes[2])

@@ -33,3 +33,10 @@ def test_ranks_are_new_processes_of_one_server_with_the_environment_of_the_call(
     assert len({rank["pid"] for rank in found} | {os.getpid()}) == 5
     (server,) = {rank["parent"] for rank in found}
     assert server != os.getpid()
+
+
+def test_ranks_that_need_a_cuda_context_are_not_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that has looked for a device hands its children a driver that they cannot use."""
+    monkeypatch.setattr("megafuse.testing.distributed.has_cuda", lambda: True)
+    ranks = run_distributed(process_facts, 2, "MEGAFUSE_TEST_VARIABLE")
+    assert {rank["parent"] for rank in ranks} == {os.getpid()}

@@ -60,4 +60,4 @@ def test_a_command_that_computes_has_them_before_torch_is_imported(tmp_path: Pat
 
 def test_the_commands_that_compute_are_known() -> None:
     computing = {name for name, command in COMMANDS.items() if command.on_device}
-    assert computing == {"train", "reference", "eval", "bench", "convert verify", "doctor parity"}
+    assert computing == {"train", "reference", "eval", "bench", "score", "convert verify", "doctor parity"}

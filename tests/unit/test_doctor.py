@@ -169,15 +169,23 @@ def tomllib_extras() -> set[str]:
     return set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 
 
-def test_memory_is_the_least_that_a_control_group_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_and_cores_are_the_least_that_a_control_group_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tmp_path / "groups" / "user" / "job"
+    job.mkdir(parents=True)
     (tmp_path / "own").write_text("0::/user/job\n")
-    (tmp_path / "groups" / "user" / "job").mkdir(parents=True)
     monkeypatch.setattr(hardware, "OWN_GROUP", tmp_path / "own")
     monkeypatch.setattr(hardware, "CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
     whole = hardware.memory_bytes()
-    (tmp_path / "groups" / "user" / "job" / "memory.max").write_text("max\n")
-    assert hardware.memory_bytes() == whole
-    (tmp_path / "groups" / "user" / "memory.max").write_text(f"{6 * 2**20}\n")
-    assert hardware.memory_bytes() == 6 * 2**20
-    (tmp_path / "own").write_text("12:memory:/old\n1:name=systemd:/\n")  # version 1 has no such file
-    assert hardware.memory_bytes() == whole
+    (job / "memory.max").write_text("max\n")
+    (job / "cpu.max").write_text("max 100000\n")
+    assert (hardware.memory_bytes(), hardware.usable_cores()) == (whole, 64)
+    (job.parent / "memory.max").write_text(f"{6 * 2**20}\n")
+    (job.parent / "cpu.max").write_text("150000 50000\n")
+    assert (hardware.memory_bytes(), hardware.usable_cores()) == (6 * 2**20, 3)
+    (job / "cpu.max").write_text("20000 100000\n")
+    assert hardware.usable_cores() == 1
+    (tmp_path / "own").write_text("12:memory:/old\n1:name=systemd:/\n")  # version 1 has no such files
+    assert (hardware.memory_bytes(), hardware.usable_cores()) == (whole, 64)

@@ -1,14 +1,17 @@
 """`model.precision = "auto"`: what each device computes natively, one answer for all ranks, kept for the run's life."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megafuse.config.drift import began_precision
 from megafuse.config.forward import ReferenceRunConfig
+from megafuse.config.load import dump_toml
 from megafuse.config.sample import SampleConfig
 from megafuse.config.score import ScoreConfig
 from megafuse.config.train import TrainConfig
@@ -65,7 +68,7 @@ class Ranks:
 
 def settle(wanted: str, *others: Bf16, began: str | None = None) -> tuple[str, str]:
     world: Any = Ranks(*others)
-    return settle_precision(wanted, world, lambda: began)
+    return settle_precision(wanted, world, lambda: None if began is None else (began, "what it began with"))
 
 
 @pytest.mark.parametrize("name", MACHINES)
@@ -89,10 +92,24 @@ def test_without_readable_flags_a_product_decides(tmp_path: Path, monkeypatch: p
             assert found.native == native and f"{slower:.2g} times as long" in found.reason
 
 
-def test_a_product_is_really_timed() -> None:
-    assert (
-        0 < product_seconds(torch.float32, size=64, seconds=0.01) < product_seconds(torch.float32, size=512, seconds=0)
-    )
+class Products(TorchDispatchMode):
+    """Counts matrix products by dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[torch.dtype] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.default:
+            self.seen[args[0].dtype] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_products_of_the_dtype_are_timed() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        with Products() as products:
+            assert product_seconds(dtype, size=16, seconds=0) > 0
+        assert products.seen == {dtype: 2}  # the first one warms up
 
 
 @pytest.mark.parametrize(("capability", "native"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
@@ -173,17 +190,37 @@ def test_a_reference_cache_keeps_it_too_and_says_what_fits(
     assert ", bf16 (this CPU has avx512_bf16)" in reference()
     machine("AMD EPYC 7003 (Zen 3)")
     assert ", bf16 (what it began with" in reference()
-    with pytest.raises(IntegrityError, match=r"set model\.precision = 'bf16' to use it, or write a new one"):
+
+    def run(name: str, **model: Any) -> str:
         train(
             tiny_run(
-                tmp_path / "run",
+                tmp_path / name,
                 inputs / "model",
                 inputs / "pair",
-                model={"precision": "auto"},
+                model={"precision": "auto", **model},
                 loss={"name": "dpo", "beta": 0.3},
                 reference={"path": tmp_path / "ref"},
+                max_steps=1,
             )
         )
+        return capfd.readouterr().err
+
+    assert f", bf16 (that of {tmp_path / 'ref'}; here this CPU emulates bf16" in run("takes_it")
+    with pytest.raises(IntegrityError, match=r"set model\.precision = 'bf16' to use it, or write a new one"):
+        run("another", precision="fp32")
+
+
+def test_a_configuration_put_into_the_run_folder_by_hand_is_decided_at_the_start(
+    inputs: Path, tmp_path: Path, machine: Callable[[str], None]
+) -> None:
+    machine("AMD EPYC 7003 (Zen 3)")
+    config = tiny_run(tmp_path / "run", inputs / "model", inputs / "pair", model={"precision": "auto"}, loss={
+        "name": "dpo", "beta": 0.3}, max_steps=1)  # fmt: skip
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(dump_toml(config))
+    assert began_precision(tmp_path / "run") is None
+    train(config)
+    assert began_precision(tmp_path / "run") == "fp32"
 
 
 def test_sampling_on_a_cpu_that_emulates(tmp_path: Path, machine: Callable[[str], None]) -> None:
@@ -203,8 +240,22 @@ def test_a_reward_model_s_precision_is_part_of_the_scores_identity(tmp_path: Pat
     values = {"inputs": ["a.jsonl"], "output": tmp_path / "out.jsonl", "model": tmp_path, "device": "cpu"}
     config = ScoreConfig.model_validate(values)
     assert score._settled(config).dtype == "float32"
-    (tmp_path / "out.jsonl.chunks").mkdir()
-    write_json_atomic(tmp_path / "out.jsonl.chunks" / "identity.json", {"settings": {"dtype": "bfloat16"}})
+    folder = tmp_path / "out.jsonl.chunks"
+    folder.mkdir()
+    write_json_atomic(folder / "identity.json", {"settings": {"dtype": "bfloat16"}})
+    assert score._settled(config).dtype == "float32"  # a start that made nothing binds nobody
+    (folder / "00000.jsonl").touch()
     assert score._settled(config).dtype == "bfloat16"  # begun on a GPU
     judged = config.model_copy(update={"reward": "judge"})
     assert score._settled(judged).dtype == "auto"
+
+
+def test_scores_of_before_it_was_recorded_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"inputs": ["a.jsonl"], "output": tmp_path / "out.jsonl", "model": tmp_path, "device": "cpu"}
+    write_json_atomic(tmp_path / "out.jsonl.manifest.json", {"identity": {"settings": {"dtype": "auto"}}})
+    config = score._settled(ScoreConfig.model_validate(values))
+    assert config.dtype == "auto"  # so the identity stays
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr("megafuse.rewards.models.RewardModel", lambda *args, **given: seen.update(given))
+    score._reward_model(config)
+    assert (seen["dtype"], seen["device"]) == (torch.float32, CPU)

@@ -36,19 +36,20 @@ def test_a_fast_machine_takes_all_that_is_wanted() -> None:
 
 
 def test_a_slow_machine_takes_less_and_says_how_long() -> None:
-    # 400 s are planned of what is left of 765 after six starts of 60 s; 14 + 48 + 25 thousand tokens at 100/s take 870
-    found = budget.plan(SIZES, speed(100, 60), QUARTER)
-    assert found.factor == pytest.approx((0.85 * QUARTER - 6 * 60) / 870)
+    # what is planned is 765 s less eight starts of 30 s; 14 + 48 + 25 thousand tokens at 100/s take 870
+    found = budget.plan(SIZES, speed(100, 30), QUARTER)
+    assert found.factor == pytest.approx((0.85 * QUARTER - 8 * 30) / 870)
     assert found.prompts["pair"] == int(100 * found.factor * 36_000 / 40_000)
 
 
-@given(st.floats(1, 1000), st.floats(1, 1000), st.floats(0, 120), st.floats(60, 7200))
-def test_what_is_planned_fits(one: float, other: float, start: float, left: float) -> None:
-    slower, faster = (budget.plan(SIZES, speed(rate, start), left) for rate in sorted((one, other)))
+@given(st.floats(1, 1000), st.floats(1, 1000), st.floats(0, 120), st.floats(60, 7200), st.floats(0.05, 3))
+def test_what_is_planned_fits(one: float, other: float, start: float, left: float, much: float) -> None:
+    sizes = {kind: {name: max(1, round(much * n)) for name, n in size.items()} for kind, size in SIZES.items()}
+    slower, faster = (budget.plan(sizes, speed(rate, start), left) for rate in sorted((one, other)))
     assert slower.factor <= faster.factor
     for found in (slower, faster):
         assert budget.LEAST <= found.factor <= 1
-        assert all(1 <= found.prompts[kind] <= SIZES[kind]["groups"] for kind in SIZES)
+        assert all(1 <= found.prompts[kind] <= sizes[kind]["groups"] for kind in sizes)
         if found.factor > budget.LEAST:
             assert 60 * found.minutes <= left
 
