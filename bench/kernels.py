@@ -45,6 +45,7 @@ from megafuse.testing.kernel_peers import (
     Shape,
     available,
     prediction,
+    response_lengths,
 )
 from megafuse.testing.kernel_timer import Timer
 
@@ -188,6 +189,8 @@ def operands(shape: Shape, tokens: int, share: float, device: torch.device, weig
         ids[tokens - count :].clone(),
         labels,
         rows,
+        rows.to(device),
+        torch.repeat_interleave(torch.tensor(response_lengths(count))).to(device),
         torch.randn(count, device=device) / tokens,
     )
 
@@ -199,7 +202,7 @@ def head(shape: Shape, device: torch.device) -> Tensor:
 
 def ceilings(o: Operands, repeats: int, timer: Timer) -> dict[str, float]:
     """Milliseconds of the three products on this case's rows, and of reading the logits once at copy speed."""
-    x = o.hidden.detach()[o.rows.to(o.hidden.device)]
+    x = o.hidden.detach()[o.device_rows]
     w = o.weight.detach()
     e = torch.exp2((x @ w.t()).float().clamp_(max=20) - 40).bfloat16()
     copy = copy_ms(timer, e.device, repeats)
@@ -273,7 +276,7 @@ def measure(
     times: dict[Key, list[float]] = {(p.name, p.level, b): [] for p, b in todo}
     facts: dict[Key, dict[str, Any]] = {}
     with torch.no_grad():
-        master = sets[0].hidden[sets[0].rows.to(device)] @ weight.t()
+        master = sets[0].hidden[sets[0].device_rows] @ weight.t()
     turns = (repeats + repeats // 3) if todo else 0
     cut = False
     for turn in range(turns):
@@ -330,7 +333,7 @@ def inspect(provider: Provider, o: Operands, backward: bool) -> dict[str, Any]:
     peak = torch.cuda.max_memory_allocated() - before if cuda else 0
     fact: dict[str, Any] = {"peak_mb": round(peak / 2**20, 1), "mean_only": provider.mean_only}
     if not provider.mean_only:
-        rows = o.rows[:CHECKED_ROWS].to(o.hidden.device)
+        rows = o.device_rows[:CHECKED_ROWS]
         if provider.level == "logits" and not backward and o.logits is not None:
             logits = o.logits[:CHECKED_ROWS].detach()
         else:

@@ -36,7 +36,11 @@ SHAPES = (
 
 @dataclass
 class Operands:
-    """One set of inputs; `rows [R]` (CPU) are the response tokens among the T rows of hidden."""
+    """One set of inputs; `rows [R]` (CPU) are the response tokens among the T rows of hidden.
+
+    What is on the device is there before a call is timed: a copy from the host's memory waits for the device, so that
+    what the host does would count as the peer's time. `rows` are for this package, which looks at them on the host.
+    """
 
     shape: Shape
     hidden: Tensor  # [T, H], requires grad
@@ -44,6 +48,8 @@ class Operands:
     targets: Tensor  # [R] int64
     labels: Tensor  # [T] int64, IGNORE outside the response
     rows: Tensor  # [R] int64 on the CPU
+    device_rows: Tensor  # [R] the same, on hidden's device
+    device_responses: Tensor  # [R] int64 on hidden's device: the response of each, cut by `response_lengths`
     grad: Tensor  # [R] float32: what a preference loss sends back
     logits: Tensor | None = None  # [R, V], for the level of logits
 
@@ -116,9 +122,8 @@ def preference(backend: str) -> Iterator[Provider]:
         logp = linear_logprobs(
             o.hidden, o.weight, o.targets, row_index=o.rows, softcap=o.shape.softcap, backend=backend
         )
-        lengths = torch.tensor(response_lengths(len(o.targets)))
-        ids = torch.repeat_interleave(lengths).to(logp.device)
-        return value(*segment_logprobs(logp, ids, len(lengths)), slice(0, len(lengths)))[0]
+        count = len(response_lengths(len(o.targets)))
+        return value(*segment_logprobs(logp, o.device_responses, count), slice(0, count))[0]
 
     yield Provider(f"megafuse-{backend}-simpo", "linear", inside, mean_only=True)
     yield Provider(f"megafuse-{backend}-simpo-apart", "linear", behind, mean_only=True)
@@ -168,7 +173,7 @@ def eager(compiled: bool) -> Iterator[Provider]:
         return gather_(o.logits, o.targets, o.shape.softcap)
 
     def linear(o: Operands) -> Tensor:
-        return project_(o.hidden[o.rows.to(o.hidden.device)], o.weight, o.targets, o.shape.softcap)
+        return project_(o.hidden[o.device_rows], o.weight, o.targets, o.shape.softcap)
 
     yield Provider(name, "logits", logits)
     yield Provider(name, "linear", linear)
@@ -179,8 +184,7 @@ def torch_linear_cross_entropy() -> Iterator[Provider]:
     function = torch.nn.functional.linear_cross_entropy
 
     def linear(o: Operands) -> Tensor:
-        rows = o.rows.to(o.hidden.device)
-        return -function(o.hidden[rows], o.weight, o.targets, reduction="none")
+        return -function(o.hidden[o.device_rows], o.weight, o.targets, reduction="none")
 
     yield Provider("torch-linear-ce", "linear", linear, softcap=False)
 
@@ -225,9 +229,8 @@ def cut_cross_entropy() -> Iterator[Provider]:
     for impl in ("cce", "cce_exact"):
 
         def linear(o: Operands, impl: str = impl) -> Tensor:
-            rows = o.rows.to(o.hidden.device)
             return -linear_cross_entropy(
-                o.hidden[rows], o.weight, o.targets, softcap=o.shape.softcap, reduction="none", impl=impl
+                o.hidden[o.device_rows], o.weight, o.targets, softcap=o.shape.softcap, reduction="none", impl=impl
             )
 
         yield Provider(impl, "linear", linear)
@@ -243,10 +246,9 @@ def quack() -> Iterator[Provider]:
         return -cross_entropy(o.logits, o.targets, reduction="none", inplace_backward=True)
 
     def linear(o: Operands) -> Tensor:
-        rows = o.rows.to(o.hidden.device)
-        if len(rows) % 8:
+        if len(o.device_rows) % 8:
             raise NotSupported("quack's chunks want a multiple of 8 tokens")
-        return chunked_linear_cross_entropy(o.hidden[rows], o.weight, o.targets)
+        return chunked_linear_cross_entropy(o.hidden[o.device_rows], o.weight, o.targets)
 
     yield Provider("quack", "logits", logits, softcap=False)
     yield Provider("quack", "linear", linear, mean_only=True, softcap=False)
