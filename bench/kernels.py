@@ -35,6 +35,7 @@ from torch import Tensor
 
 import megafuse
 from megafuse.config.train import ParallelConfig
+from megafuse.errors import reason
 from megafuse.parallel.topology import layout, process_groups
 from megafuse.testing.kernel_oracle import exact_logprobs
 from megafuse.testing.kernel_peers import (
@@ -134,13 +135,6 @@ def measure_all(
             print("the device can be used no more: later cases are left out", file=sys.stderr)
             break
     return status
-
-
-def reason(error: Exception) -> str:
-    """An error on one line. Triton's begin with a place in the source and end with what was wrong; some say nothing."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    parts = [type(error).__name__, *(line[:160] for line in dict.fromkeys([*lines[:1], *lines[-1:]]))]
-    return ": ".join(parts)
 
 
 def predict(shapes: Sequence[Shape], tokens: Sequence[int], shares: Sequence[float]) -> None:

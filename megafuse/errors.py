@@ -65,3 +65,10 @@ class ReplicaError(MegafuseError):
     """Copies of a parameter differ between ranks, or a step computed twice does: a silent hardware error, or a bug."""
 
     exit_code = 87
+
+
+def reason(error: BaseException) -> str:
+    """Any error on one line: its type, first and last line. Triton's begin with a place and end with what was wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    parts = [type(error).__name__, *(line[:160] for line in dict.fromkeys([*lines[:1], *lines[-1:]]))]
+    return ": ".join(parts)

@@ -56,19 +56,20 @@ def record(
 def ratios(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What the kinds say about each other: gain by sharing at each number of sources, and growth of the time with it.
 
-    Growth is relative to 4 sources where they were measured, else to the smallest number.
+    Growth is relative to 4 sources where they were measured, else to the smallest number. Of a kind that was not
+    measured, nothing is said.
     """
     by_kind = {(r["sources"], r["prefix_sharing"]): r for r in results}
-    numbers = sorted({r["sources"] for r in results})
     found: list[dict[str, Any]] = []
-    for k in numbers:
+    for k in sorted({r["sources"] for r in results}):
         if (k, True) in by_kind and (k, False) in by_kind:
             gain = by_kind[k, True]["prompts_per_second"] / by_kind[k, False]["prompts_per_second"]
             found.append({"name": f"K={k}: prompts/s prefix-shared / separate", "value": gain})
-    base = BASE if BASE in numbers else numbers[0]
     for sharing in (True, False):
+        numbers = sorted(k for k, kind in by_kind if kind == sharing)
+        base = BASE if BASE in numbers else min(numbers, default=BASE)
         for k in numbers:
-            if k > base and (k, sharing) in by_kind:
+            if k > base:
                 growth = by_kind[k, sharing]["step_seconds"] / by_kind[base, sharing]["step_seconds"]
                 name = f"time K={k} / K={base}, {'prefix-shared' if sharing else 'separate'}"
                 found.append({"name": name, "value": growth})

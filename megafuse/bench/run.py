@@ -1,7 +1,9 @@
 """A whole measurement: one model, one batch of prompts, every number of sources, with and without prefix sharing."""
 
+import gc
 import itertools
 import platform
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from megafuse.config.bench import BenchConfig
 from megafuse.config.loss import LossConfig
 from megafuse.config.train import OptimConfig
 from megafuse.data.rows import RowPlanner, row_shape
-from megafuse.errors import ConfigError
+from megafuse.errors import ConfigError, reason
 from megafuse.kernels.packing import group_tokens
 from megafuse.losses.registry import Loss, make_loss
 from megafuse.model.arch import ModelArch
@@ -47,11 +49,13 @@ def bench(config: BenchConfig) -> dict[str, Any] | None:
     """Measure what `config` asks for. Rank 0 writes the report to `config.out` and returns it, the others None.
 
     Collective: every rank of the world calls it. Everything about the configuration and the data is refused before a
-    process group starts.
+    process group starts. The report is written before the first kind and after each, `complete` at the end. A kind that
+    raises, for want of memory perhaps, is in its list `failed` with the reason, and the next one begins; with several
+    ranks, of which one alone may have raised, the error ends all.
 
     Raises:
         ConfigError: a shape, layout, file or batch that cannot be; DataError, IntegrityError: the data cannot be read.
-        NonFiniteError: random weights overflow.
+        With several ranks also what a kind raises, as NonFiniteError where random weights overflow.
     """
     arch = resolve_shape(config.model.path)
     backend = choose_backend(
@@ -123,6 +127,13 @@ def draw_batch(config: BenchConfig, data: LengthData) -> Batch:
     return Batch([wide[i] for i in drawn], facts)
 
 
+def free_memory() -> None:
+    """Give back what a kind that raised has left: its graph hangs on frames that only the collector finds."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @dataclass(frozen=True)
 class _Bench:
     config: BenchConfig
@@ -144,17 +155,31 @@ class _Bench:
         kinds = [(sources, sharing) for sources in config.sources for sharing in config.sharing]
         extra = {"breakdown": observe.breakdown, "trace": observe.trace is not None}
         steps = steps_of_a_kind(warmup=config.warmup, steps=config.steps, **extra)
-        results: list[dict[str, Any]] = []
+        report: dict[str, Any] = {**self._facts(), "complete": False, "results": [], "failed": [], "ratios": []}
+        topology.on_rank_zero(lambda: self._write(report))
         for sources, sharing in kinds:
             title = f"bench K={sources} {'shared' if sharing else 'separate'}"
-            with Progress(steps, title, enabled=topology.rank == 0) as progress:
-                found = self._measure(engine, loss, sources, sharing, progress)
-            results.append(self._record(sources, sharing, found))
-        report = {**self._facts(), "results": results, "ratios": ratios(results)}
-        if config.out:
-            out = config.out
-            topology.on_rank_zero(lambda: write_json_atomic(out, report))
+            try:
+                if report["failed"]:
+                    free_memory()
+                with Progress(steps, title, enabled=topology.rank == 0) as progress:
+                    found = self._measure(engine, loss, sources, sharing, progress)
+                report["results"].append(self._record(sources, sharing, found))
+            except Exception as error:
+                report["failed"].append({"sources": sources, "prefix_sharing": sharing, "failed": reason(error)})
+                if topology.world_size > 1:  # the other ranks may be well, and wait for this one
+                    if topology.rank == 0:
+                        self._write(report)
+                    raise
+                traceback.print_exc()
+            report["ratios"] = ratios(report["results"])
+            report["complete"] = len(report["results"]) + len(report["failed"]) == len(kinds)
+            topology.on_rank_zero(lambda: self._write(report))
         return report if topology.rank == 0 else None
+
+    def _write(self, report: dict[str, Any]) -> None:
+        if self.config.out:
+            write_json_atomic(self.config.out, report)
 
     def _engine(self) -> Any:
         config, topology = self.config, self.topology

@@ -6,8 +6,9 @@ DESCRIPTION = """Measure end-to-end training throughput: any target's shape, any
 
 Weights and tokens are random, lengths are real: nothing is downloaded, and no tokenizer is needed. For every number of
 sources, with prefix-shared and with separate rows: seconds a step, prompts/s, responses/s, tokens/s, MFU, peak memory,
-and where the time goes. Runs alone, under torchrun (`torchrun --nproc-per-node=8 -m megafuse bench ...`), or as a bare
-srun step; slurm/bench.sh submits it."""
+and where the time goes. The JSON file is written after each of them; one that raises, for want of memory perhaps, is in
+its list `failed`, and the next one begins (with several processes the first error ends all). Runs alone, under torchrun
+(`torchrun --nproc-per-node=8 -m megafuse bench ...`), or as a bare srun step; slurm/bench.sh submits it."""
 CONFIG = BenchConfig
 
 
@@ -31,4 +32,7 @@ def run(config: BenchConfig) -> int:
             console.print(table)
         if config.out:
             console.print(f"written: {config.out}")
-    return 0
+        for kind in report["failed"]:
+            rows = "shared" if kind["prefix_sharing"] else "separate"
+            print(f"K={kind['sources']}, {rows} rows, was not measured: {kind['failed']}", file=sys.stderr)
+    return 1 if report and report["failed"] else 0

@@ -49,7 +49,7 @@ class BenchConfig(Config):
     """End-to-end training throughput: one batch of prompts, for every number of sources, with and without sharing."""
 
     out: Path | None = None
-    """JSON file for the results. None: only the table."""
+    """JSON file for the results, written after each kind (`complete` is false until the last). None: only the table."""
     model: BenchModelConfig = BenchModelConfig()
     data: BenchDataConfig
     loss: Literal["sft", "dpo", "ln_dpo", "simpo", "rloo", "wrpo"] = "ln_dpo"

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megafuse.bench.breakdown import PARTS, Timeline, _timed, instrumented
 from megafuse.bench.measure import Stepper
+from megafuse.bench.report import ratios
 from megafuse.bench.run import bench
 from megafuse.bench.shapes import SHAPES
 from megafuse.cli.main import main
@@ -20,7 +21,8 @@ from megafuse.config.load import validate
 from megafuse.data.rows import BatchPlan
 from megafuse.errors import ConfigError
 from megafuse.observe.flops import flops_per_token, model_flops
-from megafuse.testing.distributed import run_distributed
+from megafuse.testing.bench_workers import one_rank_breaks, raising
+from megafuse.testing.distributed import WorkerFailed, run_distributed
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,7 @@ def test_alone_through_the_command_line(scored: Path, tmp_path: Path, capsys: py
     report = json.loads(out.read_text())
     config = validate(BenchConfig, report["config"])
     check(report, config)
+    assert report["complete"] and report["failed"] == []
     assert report["format"] == "megafuse-bench/1" and report["versions"]["torch"] and report["device"]["count"] == 1
     for r in report["results"]:
         assert r["mfu"] == pytest.approx(r["model_flops"] / r["step_seconds"] / 0.5e12)
@@ -96,6 +99,44 @@ def test_alone_through_the_command_line(scored: Path, tmp_path: Path, capsys: py
     }
     shown = capsys.readouterr()
     assert "K=4: prompts/s prefix-shared / separate" in shown.out and "bench K=4 separate" in shown.err
+
+
+def test_kinds_that_raise_leave_the_others(scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Four kinds, two steps each, one row a step: the first steps of the second and of the third run out of memory."""
+    out = tmp_path / "bench.json"
+    reports: list[dict[str, Any]] = []
+    error = torch.OutOfMemoryError("CUDA out of memory.\n\nTried to allocate 9.00 GiB.")
+    flags = [
+        "bench", "--model.path", "tiny", "--model.precision", "fp32", "--data.path", scored,
+        "--sources", 2, 4, "--global_batch_size", 2, "--steps", 1, "--warmup", 1, "--observe.no-breakdown",
+        "--out", out,
+    ]  # fmt: skip
+    with raising(range(2, 4), error, lambda: reports.append(json.loads(out.read_text()))):
+        assert main([str(flag) for flag in flags]) == 1
+    first, second = reports  # what was there when the second and the third kind raised
+    assert not first["complete"] and not first["failed"] and not second["complete"]
+    assert [(r["sources"], r["prefix_sharing"]) for r in first["results"]] == [(2, True)]
+    kinds = [{"sources": 2, "prefix_sharing": False}, {"sources": 4, "prefix_sharing": True}]
+    told = "OutOfMemoryError: CUDA out of memory.: Tried to allocate 9.00 GiB."
+    assert second["failed"] == [{**kinds[0], "failed": told}]
+    last = json.loads(out.read_text())
+    assert last["complete"] and last["failed"] == [{**kind, "failed": told} for kind in kinds]
+    assert [(r["sources"], r["prefix_sharing"]) for r in last["results"]] == [(2, True), (4, False)]
+    assert last["results"][0] == first["results"][0] and last["ratios"] == []  # nothing to compare with
+    said = capsys.readouterr()
+    assert f"K=2, separate rows, was not measured: {told}" in said.err and "in breaks" in said.err
+
+
+def test_growth_is_relative_to_what_was_measured() -> None:
+    kinds = [(k, sharing) for k in (2, 4, 8) for sharing in (True, False) if (k, sharing) != (4, False)]
+    found = [{"sources": k, "prefix_sharing": s, "prompts_per_second": 1.0, "step_seconds": float(k)} for k, s in kinds]
+    assert [(r["name"], r["value"]) for r in ratios(found)] == [
+        ("K=2: prompts/s prefix-shared / separate", 1),
+        ("K=8: prompts/s prefix-shared / separate", 1),
+        ("time K=8 / K=4, prefix-shared", 2),
+        ("time K=8 / K=2, separate", 4),
+    ]
+    assert ratios([]) == []
 
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny-moe"])
@@ -134,6 +175,17 @@ def test_two_processes(scored: Path) -> None:
     check(report, config)
     assert all(r["breakdown"]["communication"] > 0 and r["mfu"] is None for r in report["results"])
     assert report["device"]["count"] == 2
+
+
+@pytest.mark.distributed
+def test_an_error_of_one_rank_ends_all_and_leaves_what_was_measured(scored: Path, tmp_path: Path) -> None:
+    out, quick = tmp_path / "bench.json", {"steps": 1, "warmup": 1, "observe": {"breakdown": False}, "sources": [2]}
+    parallel = {"tensor": 2, "sequence": True}
+    config = validate(BenchConfig, settings(scored, parallel=parallel, out=out, global_batch_size=2, **quick))
+    with pytest.raises(WorkerFailed, match=r"(?s)rank 1 raised.*RuntimeError: rank 1 broke"):
+        run_distributed(one_rank_breaks, 2, config, 2, timeout=120)
+    report = json.loads(out.read_text())
+    assert [r["prefix_sharing"] for r in report["results"]] == [True] and not report["complete"]
 
 
 @pytest.mark.parametrize(
