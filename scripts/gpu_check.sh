@@ -12,6 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 REPORT=${REPORT:-${OUT:-bench/results}/gpu_check.json}
 # shellcheck source=scripts/gpu_env.sh
 source scripts/gpu_env.sh
+need_device gpu_check.sh
 if [ -n "${WHEELS:-}" ]; then install_wheels "$WHEELS"; fi
 build_extension
 "$PYTHON" -m megafuse doctor || true # what it finds wanting may not matter to what follows

@@ -7,7 +7,9 @@ export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 PYTHONPYCACHEPREFIX=$PWD/build/pycach
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export PYTHONPATH=$site:$PWD${PYTHONPATH:+:$PYTHONPATH}
 # rows of changing size leave holes between the blocks of a fixed size; megatron-core queues communication in order
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+if [ -z "${PYTORCH_ALLOC_CONF:-}" ]; then # the name since torch 2.9: what the user has set by either stays
+  export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+fi
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 
 # The tests that use a GPU where there is one. The other kernel tests run on the CPU wherever they are.
@@ -15,6 +17,13 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 GPU_KERNEL_TESTS=(tests/kernels/test_triton_linear.py tests/kernels/test_triton_logits.py
   tests/kernels/test_triton_heads.py tests/kernels/test_triton_segments.py tests/kernels/test_group_loss.py
   tests/kernels/test_bench_kernels.py)
+
+need_device() { # need_device NAME: says so and exits with 2 where there is no CUDA device
+  local rc=0
+  "$PYTHON" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 2)' || rc=$?
+  [ "$rc" != 2 ] || echo "$1 needs a CUDA device, and torch finds none here" >&2
+  [ "$rc" = 0 ] || exit "$rc"
+}
 
 install_wheels() { # install_wheels FOLDER...: the wheels there of what this Python lacks, from no network
   local folder have missing=() seen

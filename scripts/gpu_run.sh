@@ -4,13 +4,14 @@
 #   bash scripts/gpu_run.sh correct     every loss against the float64 oracle; the kernels, compiled; tests/gpu
 #   bash scripts/gpu_run.sh kernels     the log-prob kernels and their peers: Llama 3 8B's head, then Gemma 2 9B's
 #   bash scripts/gpu_run.sh train       FusePO of Llama 3.2 1B, K = 4 and 16, shared and separate rows; TRL beside it
-#   bash scripts/gpu_run.sh trace       a profiler trace of one step, and the step with sdpa in place of flex
+#   bash scripts/gpu_run.sh trace       a profiler trace of one step, the step with sdpa in place of flex, and both alone
 #
 # Beforehand, where there is a network: make gpu-wheels DATA=scored.jsonl.gz; take the folders wheels/ and .gpu/ along.
 # OUT (build/gpu_run) gets a log and a JSON file of each piece, and summary.txt: at most 8 files of at most 16 MiB. Every
-# piece has a limit of its own, and its files are written as it goes, so that a piece that is cut leaves what it had.
-# PYTHON (python3) is the machine's Python, with torch; DATA the lengths that are trained on (the one .jsonl in .gpu/).
-# Exit status: 0 where every piece has 0, else the largest of them; 2 for a measurement where there is no CUDA device.
+# piece has a limit of its own, and its files are written as it goes, so that a piece that is cut leaves what it had. The
+# limits of a command, and those of what is done before it on a machine that has nothing installed, add up to less than
+# 600 s. PYTHON (python3) is the machine's Python, with torch; DATA the lengths that are trained on (the one .jsonl in
+# .gpu/). Exit status: 0 where every piece has 0, else the largest of them; 2, at once, where there is no CUDA device.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" >&2; exit 2; }
@@ -19,6 +20,7 @@ case $1 in correct | kernels | train | trace) ;; *) usage ;; esac
 OUT=${OUT:-$PWD/build/gpu_run}
 # shellcheck source=scripts/gpu_env.sh
 source scripts/gpu_env.sh
+need_device "gpu_run.sh $1"
 mkdir -p "$OUT" build
 summary=$OUT/summary.txt
 worst=0
@@ -45,15 +47,15 @@ alone() { # a piece that has the device to itself; the end of its log is shown
 facts() {
   local asked=name,memory.total,driver_version,clocks.sm
   nvidia-smi --query-gpu=$asked --format=csv,noheader 2>/dev/null || echo "no nvidia-smi"
-  "$PYTHON" -W ignore -m megafuse doctor 2>/dev/null | grep -v absent || true
+  timeout -k 5 60 "$PYTHON" -W ignore -m megafuse doctor 2>/dev/null | grep -v absent || true
 }
 
-correct() { # three groups side by side: nothing here is timed
+correct() { # three groups side by side: nothing here is timed, and what asserts times is in `kernels`
   local running=() pid
   piece gpu_check 430 "$PYTHON" -W ignore -m megafuse.testing.gpu_check --out "$OUT/gpu_check.json" --seconds 380 &
   running+=($!)
   OMP_NUM_THREADS=1 piece kernels 430 "$PYTHON" -m pytest -q -n "$1" --dist load --timeout 200 -p no:cacheprovider \
-    --maxfail 40 "${GPU_KERNEL_TESTS[@]}" &
+    --maxfail 40 -m "not timed" "${GPU_KERNEL_TESTS[@]}" &
   running+=($!)
   OMP_NUM_THREADS=2 piece gpu 430 "$PYTHON" -m pytest -q -n "$2" --dist loadfile --timeout 300 -p no:cacheprovider \
     tests/gpu &
@@ -65,48 +67,39 @@ correct() { # three groups side by side: nothing here is timed
 
 kernels() { # a process for each shape, so that what one shape breaks does not cost the others
   local measure=("$PYTHON" -W ignore bench/kernels.py --repeats 12)
-  alone 90 llama 310 "${measure[@]}" --out "$OUT/llama.json" --seconds 280 --shapes llama-3-8b --tokens 8192 32768 \
+  alone 4 timed 60 "$PYTHON" -m pytest -q -p no:cacheprovider -m timed tests/kernels/test_bench_kernels.py
+  alone 90 llama 240 "${measure[@]}" --out "$OUT/llama.json" --seconds 210 --shapes llama-3-8b --tokens 8192 32768 \
     --responses 0.5 1.0
-  alone 30 gemma 180 "${measure[@]}" --out "$OUT/gemma.json" --seconds 150 --shapes gemma-2-9b --tokens 8192 --responses 1.0
-}
-
-on_device() { # on_device LINES NAME SECONDS COMMAND...: alone, if it can be: a CPU would take days
-  if [ "$device" = cuda ]; then
-    alone "$@"
-  else
-    echo "$2 measures a CUDA device, and there is none here" | tee "$OUT/$2.log"
-    say "== $2: rc 2 after 0 s"
-    worse 2
-  fi
+  alone 30 gemma 110 "${measure[@]}" --out "$OUT/gemma.json" --seconds 85 --shapes gemma-2-9b --tokens 8192 --responses 1.0
 }
 
 bench() { # bench NAME SECONDS ARGUMENTS...
   local name=$1 seconds=$2
   shift 2
-  on_device 22 "$name" "$seconds" "$PYTHON" -W ignore -m megafuse bench --model.path llama-3.2-1b --data.path "$DATA" \
+  alone 22 "$name" "$seconds" "$PYTHON" -W ignore -m megafuse bench --model.path llama-3.2-1b --data.path "$DATA" \
     --loss dpo --warmup 1 --steps 3 --out "$OUT/$name.json" "$@"
 }
 
 lengths() {
-  DATA=${DATA:-$(compgen -G '.gpu/*.jsonl*' | head -n 1)}
+  local found=()
+  if [ -z "${DATA:-}" ]; then
+    mapfile -t found < <(compgen -G '.gpu/*.jsonl*')
+    [ "${#found[@]}" -le 1 ] || { say "scored answers in .gpu/: ${found[*]}; keep one of them, or set DATA"; exit 2; }
+    DATA=${found[0]:-}
+  fi
   [ -e "$DATA" ] || { say "no scored answers in .gpu/: make gpu-wheels DATA=scored.jsonl.gz, or set DATA"; exit 2; }
-  device=$("$PYTHON" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')
 }
 
 train() {
-  local pairs
-  lengths
-  bench megafuse_1b 290 --sources 4 16
-  for pairs in 16 8; do
-    on_device 16 "trl_1b_$pairs" 115 "$PYTHON" -W ignore bench/peers/trl_dpo.py --model llama-3.2-1b --data "$DATA" \
-      --sources 4 --pairs-per-forward "$pairs" --warmup 1 --steps 2 --out "$OUT/trl_1b_$pairs.json"
-  done
+  bench megafuse_1b 270 --sources 4 16
+  alone 34 trl_1b 170 "$PYTHON" -W ignore bench/peers/trl_dpo.py --model llama-3.2-1b --data "$DATA" --sources 4 \
+    --pairs-per-forward 16 8 --warmup 1 --steps 2 --out "$OUT/trl_1b.json"
 }
 
 trace() {
-  lengths
   bench traced 130 --sources 4 --prefix_sharing shared --global_batch_size 16 --observe.trace "$OUT/trace"
   bench sdpa 130 --sources 4 --prefix_sharing shared --model.attention sdpa
+  alone 40 flex 150 "$PYTHON" -W ignore bench/flex.py --out "$OUT/flex.json" --seconds 130
 }
 
 fit() { # what comes back is at most 8 files of 16 MiB: of a longer log its end, and word of anything else
@@ -124,6 +117,7 @@ fit() { # what comes back is at most 8 files of 16 MiB: of a longer log its end,
 }
 
 echo "== $1, $(date -u +%FT%TZ), $("$PYTHON" -V)" > "$summary"
+case $1 in train | trace) lengths ;; esac
 { install_wheels wheels .gpu && build_extension; } > build/gpu_setup.log 2>&1 ||
   { cat build/gpu_setup.log; say "== setup: failed: $(tail -n 3 build/gpu_setup.log)"; exit 1; }
 facts | tee -a "$summary"

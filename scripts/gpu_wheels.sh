@@ -47,6 +47,10 @@ fetch() { # fetch FOLDER PACKAGES...: these and nothing that they depend on; all
 
 fetch wheels "${needed[@]}"
 fetch .gpu "${peers[@]}"
-[ -z "${DATA:-}" ] || cp "$DATA" .gpu/
+if [ -n "${DATA:-}" ]; then # gpu_run.sh takes the one file that is there, so no other stays
+  cp "$DATA" .gpu/.data
+  rm -f .gpu/*.jsonl*
+  mv .gpu/.data ".gpu/$(basename "$DATA")"
+fi
 du -ch wheels/*.whl .gpu/*
 echo "wheels/: $(find wheels -name '*.whl' | wc -l) wheels, ${#needed[@]} of them needed; .gpu/: ${#peers[@]} peers"

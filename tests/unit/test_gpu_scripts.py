@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,10 @@ ROOT = Path(__file__).resolve().parents[2]
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without a CUDA device")
 
 
-def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
+def run(*command: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,
-        cwd=ROOT,
+        cwd=cwd,
         env=os.environ | {"PYTHON": sys.executable} | env,
         capture_output=True,
         text=True,
@@ -61,15 +62,164 @@ def test_what_cannot_be_is_refused_before_anything_is_done(tmp_path: Path) -> No
     assert found.returncode == 2 and "is not there" in found.stderr
 
 
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The scripts alone: no wheels, data or builds that a checkout may have."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "checkout" / "scripts")
+    shutil.copy(ROOT / "constraints.txt", tmp_path / "checkout")
+    return tmp_path / "checkout"
+
+
 @NO_GPU
-def test_a_measurement_without_a_device_says_so_piece_by_piece(tmp_path: Path) -> None:
-    """`kernels`, whose pieces ask for the device first. OUT gets a log of each and the summary."""
-    found = run("bash", "scripts/gpu_run.sh", "kernels", OUT=str(tmp_path))
-    said = found.stdout + found.stderr
-    assert found.returncode == 2, said
-    assert re.findall(r"^== (\w+): rc (\d+) after", said, re.MULTILINE) == [("llama", "2"), ("gemma", "2")]
-    assert said.count("measures a CUDA device, and there is none here") == 2
-    assert {p.name for p in tmp_path.iterdir()} == {"summary.txt", "llama.log", "gemma.log"}
+@pytest.mark.parametrize("command", ["gpu_run.sh correct", "gpu_bench.sh", "gpu_check.sh"])
+def test_without_a_device_nothing_is_begun(command: str, checkout: Path, tmp_path: Path) -> None:
+    script, *arguments = command.split()
+    found = run(
+        "bash", f"scripts/{script}", *arguments, cwd=checkout, OUT=str(tmp_path / "out"), DATA="data", WHEELS="wheels"
+    )
+    assert found.returncode == 2, found.stderr
+    assert found.stderr == f"{command} needs a CUDA device, and torch finds none here\n" and found.stdout == ""
+    assert {p.name for p in tmp_path.iterdir()} == {"checkout"}
+    assert {p.name for p in checkout.iterdir()} == {"scripts", "constraints.txt"}
+
+
+# A machine with a device, as far as the scripts see it: what is asked is answered, what is started is written down,
+# and the files that it was to write are there. `pip download` leaves a wheel of each package.
+PYTHON = """#!/usr/bin/env bash
+case $* in
+  "-c "*cache_tag*) echo cpython-312; exit ;;
+  "-c "*EXT_SUFFIX*) echo .so; exit ;;
+  "-c "*is_available*) exit "${DEVICE_STATUS:-0}" ;;
+  - | "- "*) cat > /dev/null; exit ;;
+  -V | -VV) echo Python 3.12; exit ;;
+esac
+echo "$*" >> "$STARTED"
+while [ $# -gt 0 ]; do
+  case $1 in
+    --out) mkdir -p "$(dirname "$2")"; [ -d "$2" ] || touch "$2" ;;
+    --observe.trace) mkdir -p "$2"; touch "$2/k4_shared.json.gz" ;;
+    --dest) for name in "${@:3}"; do name=${name%%==*}; touch "$2/${name//-/_}-1-py3-none-any.whl"; done ;;
+  esac
+  shift
+done
+"""
+TIMEOUT = """#!/usr/bin/env bash
+echo "$2 $3" >> "$LIMITS"
+exec "${@:4}"
+"""
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> dict[str, str]:
+    """The environment of such a machine. `STARTED` and `LIMITS` are files: commands, and their seconds."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in (("python", PYTHON), ("timeout", TIMEOUT)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return {
+        "PYTHON": str(folder / "python"),
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "STARTED": str(tmp_path / "started"),
+        "LIMITS": str(tmp_path / "limits"),
+        "OUT": str(tmp_path / "out"),
+    }
+
+
+SETUP = 30  # seconds of the wheels and the packer's build, where nothing is installed yet: some 15 were seen
+
+
+@pytest.mark.parametrize(
+    ("command", "pieces"),
+    [
+        ("correct", ["gpu", "gpu_check", "kernels"]),
+        ("kernels", ["gemma", "llama", "timed"]),
+        ("train", ["megafuse_1b", "trl_1b"]),
+        ("trace", ["flex", "sdpa", "traced"]),
+    ],
+)
+def test_the_limits_of_a_command_add_up_to_ten_minutes(
+    command: str, pieces: list[str], checkout: Path, machine: dict[str, str]
+) -> None:
+    (checkout / ".gpu").mkdir()
+    (checkout / ".gpu" / "lengths.jsonl.gz").touch()
+    found = run("bash", "scripts/gpu_run.sh", command, cwd=checkout, **machine)
+    assert found.returncode == 0, found.stdout + found.stderr
+    files = {str(p.relative_to(machine["OUT"])) for p in Path(machine["OUT"]).rglob("*") if p.is_file()}
+    assert files >= {"summary.txt", *(f"{name}.log" for name in pieces)} and len(files) <= 8, files
+    verdicts = re.findall(r"^== (\w+): rc 0 after", (Path(machine["OUT"]) / "summary.txt").read_text(), re.MULTILINE)
+    assert sorted(verdicts) == pieces and "more than" not in found.stdout
+    doctor, *limits = [sum(map(int, line.split())) for line in Path(machine["LIMITS"]).read_text().splitlines()]
+    assert len(limits) == len(pieces)
+    assert SETUP + doctor + (max(limits) if command == "correct" else sum(limits)) <= 560
+    started = Path(machine["STARTED"]).read_text()
+    timed = [line for line in started.splitlines() if "-m timed" in line]
+    assert ("-m not timed" in started) == (command == "correct") and len(timed) == (command == "kernels")
+    if command in ("train", "trace"):
+        assert "--data.path .gpu/lengths.jsonl.gz" in started
+        (checkout / ".gpu" / "more.jsonl").touch()
+        found = run("bash", "scripts/gpu_run.sh", command, cwd=checkout, **machine)
+        assert found.returncode == 2 and "keep one of them, or set DATA" in found.stdout
+        assert run("bash", "scripts/gpu_run.sh", command, cwd=checkout, DATA="scripts", **machine).returncode == 0
+
+
+def test_what_is_asked_of_torch_and_cannot_be_answered_is_no_missing_device(
+    checkout: Path, machine: dict[str, str]
+) -> None:
+    """A Python without torch, which ends with 1."""
+    found = run("bash", "scripts/gpu_run.sh", "train", cwd=checkout, DEVICE_STATUS="1", **machine)
+    assert found.returncode == 1 and "needs a CUDA device" not in found.stderr
+
+
+def test_results_go_where_they_are_wanted(checkout: Path, machine: dict[str, str]) -> None:
+    started, out = Path(machine["STARTED"]), machine["OUT"]
+    for given, report in (
+        ({"OUT": "", "REPORT": ""}, "bench/results/gpu_check.json"),
+        ({"REPORT": ""}, f"{out}/gpu_check.json"),
+        ({"REPORT": f"{out}/mine.json"}, f"{out}/mine.json"),
+    ):
+        started.unlink(missing_ok=True)
+        found = run("bash", "scripts/gpu_check.sh", cwd=checkout, **machine | given)
+        assert found.returncode == 0, found.stderr
+        assert f"megafuse.testing.gpu_check --out {report}\n" in started.read_text()
+    for given, folder in (({"OUT": ""}, "bench/results"), ({}, out)):
+        started.unlink()
+        found = run("bash", "scripts/gpu_bench.sh", cwd=checkout, DATA="lengths.jsonl", **machine | given)
+        assert found.returncode == 0, found.stderr
+        assert f"--out {folder}/bench_llama1b.json\n" in started.read_text()
+        assert f"bench/kernels.py --out {folder}\n" in started.read_text()
+
+
+def test_lengths_that_are_taken_along_replace_those_of_before(checkout: Path, machine: dict[str, str]) -> None:
+    (checkout / ".gpu").mkdir()
+    for name in ("old.jsonl", "older.jsonl.gz"):
+        (checkout / ".gpu" / name).touch()
+    for data in ("new.jsonl.gz", ".gpu/new.jsonl.gz"):  # the second is there already
+        (checkout / "new.jsonl.gz").write_text("lengths")
+        found = run("bash", "scripts/gpu_wheels.sh", cwd=checkout, DATA=data, **machine)
+        assert found.returncode == 0, found.stderr
+        assert [p.name for p in (checkout / ".gpu").glob("*.jsonl*")] == ["new.jsonl.gz"]
+        assert (checkout / ".gpu" / "new.jsonl.gz").read_text() == "lengths"
+    assert len(list((checkout / "wheels").glob("*.whl"))) == 11
+    assert run("bash", "scripts/gpu_wheels.sh", cwd=checkout, **machine).returncode == 0
+    assert (checkout / ".gpu" / "new.jsonl.gz").is_file()
+
+
+@pytest.mark.parametrize(
+    ("given", "old"),
+    [
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "unset"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({}, "expandable_segments:True"),
+    ],
+)
+def test_the_users_allocator_settings_stay(given: dict[str, str], old: str, machine: dict[str, str]) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    clean = {name: given.get(name, "") for name in names}
+    unset = "".join(f"unset {name}; " for name in names if name not in given)
+    show = 'echo "${PYTORCH_ALLOC_CONF-unset} ${PYTORCH_CUDA_ALLOC_CONF-unset}"'
+    found = run("bash", "-euc", f"{unset} source scripts/gpu_env.sh; {show}", **machine | clean)
+    assert found.stdout.split() == [given.get("PYTORCH_ALLOC_CONF", "unset"), old]
 
 
 @NO_GPU
