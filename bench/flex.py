@@ -67,7 +67,10 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def row(tokens: int, sources: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(segment, parent) [tokens] int32 of a row that groups fill; what is left for no whole group is padding, -1."""
+    """(segment, parent) [tokens] int32 of a row that groups fill; what is left for no whole group is padding, -1.
+
+    Raises ValueError where not one fits.
+    """
     rng = np.random.default_rng(seed)
     segment, parent = np.full(tokens, -1, np.int32), np.full(tokens, -1, np.int32)
     place = number = 0
@@ -75,6 +78,8 @@ def row(tokens: int, sources: int, seed: int) -> tuple[Tensor, Tensor]:
         drawn = rng.lognormal(-(SPREAD**2) / 2, SPREAD, 1 + 2 * sources) * [PROMPT, *[RESPONSE] * 2 * sources]
         lengths = np.maximum(drawn.astype(int), 1)
         if place + lengths.sum() > tokens:
+            if not number:
+                raise ValueError(f"--tokens {tokens} is less than the first group's {lengths.sum()}; raise it")
             return torch.from_numpy(segment), torch.from_numpy(parent)
         ids = np.arange(number, number + len(lengths), dtype=np.int32)
         segment[place : place + lengths.sum()] = np.repeat(ids, lengths)

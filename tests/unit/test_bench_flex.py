@@ -56,6 +56,8 @@ def test_rows_are_groups_that_share_their_prompt(bench: Any) -> None:
     assert torch.equal(parent[:used], segment[:used] // 9 * 9)
     counts = segment[:used].bincount().view(-1, 9).double()
     assert 60 < counts[:, 0].mean() < 300 and 90 < counts[:, 1:].mean() < 190  # 139 and 131, of some 7 and 56
+    with pytest.raises(ValueError, match="--tokens 128 is less than"):
+        bench.row(128, 4, 0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tries the report on a CPU")
