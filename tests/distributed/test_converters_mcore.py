@@ -114,7 +114,7 @@ def test_logits_equal_transformers(tmp_path, tied):
     import_hf(hf, tmp_path / "ckpt")
     report = compare_logits(tmp_path / "ckpt", hf, tokens=200)  # the knee of its rope scaling is at 64 tokens
     # of two logits closer than the bound either may be the largest: a tie is no fault
-    assert report.difference < 1e-5 * report.largest and report.agree > 0.95
+    assert report.difference < 1e-5 * report.largest and report.agree >= 0.99
     config = json.loads((hf / "config.json").read_text())
     rope = config["rope_parameters"]
     changes = [

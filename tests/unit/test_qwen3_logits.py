@@ -30,7 +30,7 @@ def test_dense_logits(tmp_path, tied):
     import_hf(hf, tmp_path / "ckpt")
     report = compare_logits(tmp_path / "ckpt", hf, tokens=200)
     # of two logits closer than the bound either may be the largest: a tie is no fault
-    assert report.difference < BOUND * report.largest and report.agree > 0.95
+    assert report.difference < BOUND * report.largest and report.agree >= 0.99
 
 
 def test_without_its_qk_norm_it_is_another_model(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ def test_moe_logits(tmp_path, norm_topk_prob, tied):
     import_hf(hf, tmp_path / "ckpt")
     report = compare_logits(tmp_path / "ckpt", hf, tokens=200)
     # of two logits closer than the bound either may be the largest: a tie is no fault
-    assert report.difference < BOUND * report.largest and report.agree > 0.95
+    assert report.difference < BOUND * report.largest and report.agree >= 0.99
     config = json.loads((hf / "config.json").read_text())
     for change in ({"norm_topk_prob": not norm_topk_prob}, {"num_experts_per_tok": 3}):
         (hf / "config.json").write_text(json.dumps(config | change))
