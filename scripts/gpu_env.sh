@@ -18,11 +18,15 @@ GPU_KERNEL_TESTS=(tests/kernels/test_triton_linear.py tests/kernels/test_triton_
   tests/kernels/test_triton_heads.py tests/kernels/test_triton_segments.py tests/kernels/test_group_loss.py
   tests/kernels/test_bench_kernels.py)
 
-need_device() { # need_device NAME: says so and exits with 2 where there is no CUDA device
+find_device() { # sets device to cuda or none; exits with what torch's Python exits with where it cannot be asked
   local rc=0
   "$PYTHON" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 2)' || rc=$?
-  [ "$rc" != 2 ] || echo "$1 needs a CUDA device, and torch finds none here" >&2
-  [ "$rc" = 0 ] || exit "$rc"
+  case $rc in 0) device=cuda ;; 2) device=none ;; *) exit "$rc" ;; esac
+}
+
+need_device() { # need_device NAME: says so and exits with 2 where there is no CUDA device
+  find_device
+  [ "$device" = cuda ] || { echo "$1 needs a CUDA device, and torch finds none here" >&2; exit 2; }
 }
 
 install_wheels() { # install_wheels FOLDER...: the wheels there of what this Python lacks, from no network

@@ -11,7 +11,8 @@
 # piece has a limit of its own, and its files are written as it goes, so that a piece that is cut leaves what it had. The
 # limits of a command, and those of what is done before it on a machine that has nothing installed, add up to less than
 # 600 s. PYTHON (python3) is the machine's Python, with torch; DATA the lengths that are trained on (the one .jsonl in
-# .gpu/). Exit status: 0 where every piece has 0, else the largest of them; 2, at once, where there is no CUDA device.
+# .gpu/). Exit status: 0 where every piece has 0, else the largest of them. Where there is no CUDA device, `correct` says
+# so at once, with 2; the others are a rehearsal: everything is installed, and every piece ends with 2.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" >&2; exit 2; }
@@ -20,7 +21,7 @@ case $1 in correct | kernels | train | trace) ;; *) usage ;; esac
 OUT=${OUT:-$PWD/build/gpu_run}
 # shellcheck source=scripts/gpu_env.sh
 source scripts/gpu_env.sh
-need_device "gpu_run.sh $1"
+if [ "$1" = correct ]; then need_device "gpu_run.sh $1"; else find_device; fi
 mkdir -p "$OUT" build
 summary=$OUT/summary.txt
 worst=0
@@ -42,6 +43,16 @@ alone() { # a piece that has the device to itself; the end of its log is shown
   shift
   piece "$@" || worse $?
   tail -n "$lines" "$OUT/$1.log"
+}
+
+on_device() { # on_device LINES NAME SECONDS COMMAND...: alone, if there is a device: a CPU would take days
+  if [ "$device" = cuda ]; then
+    alone "$@"
+  else
+    echo "$2 measures a CUDA device, and there is none here" | tee "$OUT/$2.log"
+    say "== $2: rc 2 after 0 s"
+    worse 2
+  fi
 }
 
 facts() {
@@ -67,7 +78,7 @@ correct() { # three groups side by side: nothing here is timed, and what asserts
 
 kernels() { # a process for each shape, so that what one shape breaks does not cost the others
   local measure=("$PYTHON" -W ignore bench/kernels.py --repeats 12)
-  alone 4 timed 60 "$PYTHON" -m pytest -q -p no:cacheprovider -m timed tests/kernels/test_bench_kernels.py
+  on_device 4 timed 60 "$PYTHON" -m pytest -q -p no:cacheprovider -m timed tests/kernels/test_bench_kernels.py
   alone 90 llama 240 "${measure[@]}" --out "$OUT/llama.json" --seconds 210 --shapes llama-3-8b --tokens 8192 32768 \
     --responses 0.5 1.0
   alone 30 gemma 110 "${measure[@]}" --out "$OUT/gemma.json" --seconds 85 --shapes gemma-2-9b --tokens 8192 --responses 1.0
@@ -76,7 +87,7 @@ kernels() { # a process for each shape, so that what one shape breaks does not c
 bench() { # bench NAME SECONDS ARGUMENTS...
   local name=$1 seconds=$2
   shift 2
-  alone 22 "$name" "$seconds" "$PYTHON" -W ignore -m megafuse bench --model.path llama-3.2-1b --data.path "$DATA" \
+  on_device 22 "$name" "$seconds" "$PYTHON" -W ignore -m megafuse bench --model.path llama-3.2-1b --data.path "$DATA" \
     --loss dpo --warmup 1 --steps 3 --out "$OUT/$name.json" "$@"
 }
 

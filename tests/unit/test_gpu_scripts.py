@@ -83,6 +83,21 @@ def test_without_a_device_nothing_is_begun(command: str, checkout: Path, tmp_pat
     assert {p.name for p in checkout.iterdir()} == {"scripts", "constraints.txt"}
 
 
+@NO_GPU
+def test_without_a_device_a_measurement_is_a_rehearsal(tmp_path: Path) -> None:
+    """Everything is installed from the wheels that are there, and every piece says that there is nothing to measure."""
+    copy = tmp_path / "checkout"
+    ignored = shutil.ignore_patterns("wheels", ".gpu", "build", "runs", ".venv*", ".git", "*_cache", "__pycache__")
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
+    found = run("bash", "scripts/gpu_run.sh", "kernels", cwd=copy, OUT=str(tmp_path / "out"))
+    assert found.returncode == 2, found.stdout + found.stderr
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert re.findall(r"^== (\w+): rc (\d+) after", summary, re.MULTILINE) == [
+        ("timed", "2"), ("llama", "2"), ("gemma", "2"),
+    ]  # fmt: skip
+    assert found.stdout.count("measures a CUDA device, and there is none here") == 3
+
+
 # A machine with a device, as far as the scripts see it: what is asked is answered, what is started is written down,
 # and the files that it was to write are there. `pip download` leaves a wheel of each package.
 PYTHON = """#!/usr/bin/env bash
