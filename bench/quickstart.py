@@ -80,12 +80,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="scored answers; default: the shipped data set")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, required=True, help="JSON file; runs of other data sets in it are kept")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; other runs in it are kept")
     args, flags = parser.parse_known_args()
     runs = [one(args.data, seed, flags) for seed in args.seeds]
-    kept = [r for r in (read_json(args.out)["runs"] if args.out.exists() else []) if r["data"] != runs[0]["data"]]
+    made = {(run["data"], run["seed"]) for run in runs}
+    before = read_json(args.out)["runs"] if args.out.exists() else []
+    kept = [run for run in before if (run["data"], run["seed"]) not in made]
     device = {"machine": cpu_name(), "cores": len(os.sched_getaffinity(0))}
-    write_json_atomic(args.out, {"created": utc_now(), "device": device, "versions": versions(), "runs": kept + runs})
+    write_json_atomic(
+        args.out,
+        {
+            "created": utc_now(),
+            "device": device,
+            "versions": versions(),
+            "runs": sorted(kept + runs, key=lambda run: (run["data"], run["seed"])),
+        },
+    )
     for run in runs:
         line = ", ".join(f"{s['stage']} {s['intra']:.3f}" for s in run["stages"])
         print(

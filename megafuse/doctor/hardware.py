@@ -13,8 +13,10 @@ OWN_GROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 def usable_cores() -> int:
     """Cores that this process may run on: its affinity, or the least time that a control group of it allows."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for text in _limits("cpu.max"):  # "200000 100000": so many microseconds of every 100 000; or "max 100000"
-        quota, _, period = text.partition(" ")
+    for folder in _groups("cpu"):
+        # version 2: "200000 100000", so many microseconds of every 100 000, or "max 100000"; version 1: a file each
+        quota, _, period = _text(folder / "cpu.max").partition(" ")
+        quota, period = quota or _text(folder / "cpu.cfs_quota_us"), period or _text(folder / "cpu.cfs_period_us")
         if quota.isdigit():
             cores = min(cores, max(1, round(int(quota) / int(period or 100_000))))
     return cores
@@ -23,17 +25,24 @@ def usable_cores() -> int:
 def memory_bytes() -> int:
     """Memory of the machine, or the least that a control group of this process allows."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([memory, *(int(text) for text in _limits("memory.max") if text.isdigit())])
+    limits = [_text(f / name) for f in _groups("memory") for name in ("memory.max", "memory.limit_in_bytes")]
+    return min([memory, *(int(text) for text in limits if text.isdigit())])
 
 
-def _limits(name: str) -> Iterator[str]:
-    """The file `name` of every control group that this process is in, from its own to the root's (version 2)."""
-    own = OWN_GROUP.read_text().rpartition("::/")[2].strip() if OWN_GROUP.is_file() else ""  # "0::/a/b"
-    for folder in [CGROUPS / own, *(CGROUPS / own).parents]:
-        if (folder / name).is_file():
-            yield (folder / name).read_text().strip()
-        if folder == CGROUPS:
-            return
+def _groups(controller: str) -> Iterator[Path]:
+    """The folders of all control groups that this process is in, each from its own to the root's: both versions."""
+    for line in _text(OWN_GROUP).splitlines():  # "0::/a/b" of version 2, "4:cpu,cpuacct:/a" of version 1
+        number, controllers, own = line.split(":", 2)
+        if number != "0" and controller not in controllers.split(","):
+            continue
+        root = CGROUPS if number == "0" else CGROUPS / controller
+        place = root / own.strip("/")
+        yield from (place, *(parent for parent in place.parents if parent.is_relative_to(root)))
+
+
+def _text(path: Path) -> str:
+    """A small file's text; "" where there is none."""
+    return path.read_text().strip() if path.is_file() else ""
 
 
 def machine() -> Finding:

@@ -187,5 +187,14 @@ def test_memory_and_cores_are_the_least_that_a_control_group_allows(
     assert (hardware.memory_bytes(), hardware.usable_cores()) == (6 * 2**20, 3)
     (job / "cpu.max").write_text("20000 100000\n")
     assert hardware.usable_cores() == 1
-    (tmp_path / "own").write_text("12:memory:/old\n1:name=systemd:/\n")  # version 1 has no such files
+    # version 1; in a container the path is the host's, and the root's folder is the container's
+    (tmp_path / "own").write_text("12:memory:/old\n4:cpu,cpuacct:/not/here\n1:name=systemd:/\n")
     assert (hardware.memory_bytes(), hardware.usable_cores()) == (whole, 64)
+    (tmp_path / "groups" / "memory" / "old").mkdir(parents=True)
+    (tmp_path / "groups" / "memory" / "old" / "memory.limit_in_bytes").write_text(f"{5 * 2**20}\n")
+    (tmp_path / "groups" / "cpu").mkdir()
+    (tmp_path / "groups" / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
+    assert (hardware.memory_bytes(), hardware.usable_cores()) == (5 * 2**20, 64)
+    (tmp_path / "groups" / "cpu" / "cpu.cfs_quota_us").write_text("400000\n")
+    (tmp_path / "groups" / "cpu" / "cpu.cfs_period_us").write_text("200000\n")
+    assert hardware.usable_cores() == 2
