@@ -85,7 +85,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def began_precision(folder: Path) -> str | None:
-    """The precision of the cache, finished or not, in `folder`; None where there is none. Raises IntegrityError."""
+    """The precision of the cache, finished or not, in `folder`; None where there is no readable one."""
     if not (folder / "manifest.json").is_file():
         return None
     return settings_precision(read_manifest_of(folder, FORMAT)["digest"]["settings"])

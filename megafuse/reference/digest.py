@@ -20,12 +20,10 @@ def settings_text(precision: str) -> str:
     return f"sum of response tokens, temperature 1.0, {precision}"
 
 
-def settings_precision(settings: str) -> str:
-    """The precision in a `settings_text`. Raises IntegrityError where there is none."""
+def settings_precision(settings: str) -> str | None:
+    """The precision in a `settings_text`; None where there is none, as in a cache that this version does not read."""
     precision = settings.rpartition(", ")[2]
-    if precision not in ("bf16", "fp32"):
-        raise IntegrityError(f"a reference cache names no precision in its settings {settings!r}: write a new one")
-    return precision
+    return precision if precision in ("bf16", "fp32") else None
 
 
 def reference_digest(checkpoint: Path, data_manifest: dict[str, Any], *, precision: str) -> dict[str, str]:
@@ -46,9 +44,9 @@ def require_match(expected: dict[str, str], found: dict[str, str], where: Path) 
     wrong = [part for part in PARTS if expected[part] != found.get(part)]
     if wrong:
         lines = [f"  {part}: {PARTS[part]}: cache {found.get(part)!r}, this run {expected[part]!r}" for part in wrong]
-        advice = "\n"
-        if wrong == ["settings"]:
-            advice = f"\nset model.precision = {settings_precision(found.get('settings', ''))!r} to use it, or "
+        advice, precision = "\n", settings_precision(found.get("settings", ""))
+        if wrong == ["settings"] and precision:
+            advice = f"\nset model.precision = {precision!r} to use it, or "
         raise IntegrityError(
             f"reference cache {where} does not belong to this run; these parts differ:\n"
             + "\n".join(lines)
