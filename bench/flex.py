@@ -33,12 +33,12 @@ from torch import Tensor
 
 from megafuse.errors import reason
 from megafuse.model.attention import sdpa_attend, sdpa_blocks
+from megafuse.model.build import DTYPES
 from megafuse.model.flex import TILE, _attend, alone, attend_compiled, flex_attend, flex_mask
 from megafuse.observe.manifest import utc_now, versions, write_json_atomic
 from megafuse.testing.kernel_timer import Timer
 
 PROMPT, RESPONSE, SPREAD = 139, 131, 0.4  # mean tokens, and the deviation of their logarithm
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [1, h, t, d], k and v [1, g, t, d] -> [1, h, t, d]
 

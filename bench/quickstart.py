@@ -7,7 +7,6 @@ python bench/quickstart.py --data scored.jsonl.gz --seeds 0 --out bench/results/
 import argparse
 import contextlib
 import json
-import os
 import platform
 import re
 import subprocess
@@ -20,8 +19,9 @@ from typing import Any
 import psutil
 import torch
 
+from megafuse.doctor.hardware import usable_cores
 from megafuse.observe.manifest import read_json, utc_now, versions, write_json_atomic
-from megafuse.parallel.precision import bf16_of
+from megafuse.parallel.precision import CPUINFO, bf16_of
 
 RUN = Path(__file__).resolve().parents[1] / "examples" / "quickstart" / "run.py"
 
@@ -47,7 +47,7 @@ class Peak(threading.Thread):
 
 def cpu_name() -> str:
     """The processor's name, and the instructions that decide its fast precision."""
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    text = CPUINFO.read_text() if CPUINFO.exists() else ""
     name = re.search(r"model name\s*: (.*)", text)
     return f"{name[1] if name else platform.processor() or platform.machine()} ({bf16_of(torch.device('cpu')).reason})"
 
@@ -86,7 +86,7 @@ def main() -> int:
     made = {(run["data"], run["seed"]) for run in runs}
     before = read_json(args.out)["runs"] if args.out.exists() else []
     kept = [run for run in before if (run["data"], run["seed"]) not in made]
-    device = {"machine": cpu_name(), "cores": len(os.sched_getaffinity(0))}
+    device = {"machine": cpu_name(), "cores": usable_cores()}
     write_json_atomic(
         args.out,
         {

@@ -39,7 +39,7 @@ from megafuse.data.rows import RowPlanner, row_shape
 from megafuse.errors import reason
 from megafuse.losses.registry import make_loss
 from megafuse.model.arch import ModelArch
-from megafuse.model.build import build_model, choose_backend
+from megafuse.model.build import DTYPES, build_model, choose_backend
 from megafuse.observe.manifest import utc_now, versions, write_json_atomic
 from megafuse.parallel.topology import layout, process_groups
 from megafuse.training.optim import wrap_for_training
@@ -199,7 +199,7 @@ def write_model(arch: ModelArch, folder: Path, args: argparse.Namespace) -> None
     )
     with torch.device(args.device):
         model = LlamaForCausalLM(shape)
-    model.to({"bf16": torch.bfloat16, "fp32": torch.float32}[args.precision]).save_pretrained(folder)
+    model.to(DTYPES[args.precision]).save_pretrained(folder)
 
 
 def our_first_step(config: BenchConfig, arch: ModelArch, groups: SyntheticGroups, folder: Path) -> dict[str, float]:
@@ -227,7 +227,7 @@ def our_first_step(config: BenchConfig, arch: ModelArch, groups: SyntheticGroups
             prefix_sharing=True,
             shape=row_shape(config.parallel, topology.dp_size, backend),
         )
-        _, result = Stepper(engine, topology, loss, groups, planner, True).take()
+        _, result = Stepper(engine, topology, loss, groups, planner, True).step()
     found = {"loss": result.loss, **{k: result.metrics[f"{k}_logps"] for k in ("chosen", "rejected")}}
     return found
 
@@ -264,7 +264,7 @@ def make_trainer(folder: Path, pairs: list[dict[str, Any]], args: argparse.Names
             self.marks.append(time.perf_counter())
 
     cuda, total, clock = args.device == "cuda", args.warmup + args.steps, Clock()
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.precision]
+    dtype = DTYPES[args.precision]
     model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=dtype, attn_implementation=args.attention)
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}  # never used: the data has token ids
     tokenizer = PreTrainedTokenizerFast(

@@ -52,18 +52,15 @@ def read_speed(report: Mapping[str, Any], command_seconds: float) -> Speed:
     )
 
 
-def seconds_of(tokens: Mapping[str, float], speed: Speed) -> float:
-    """Seconds of every pass over data sets of so many `tokens`, and of the starts of the commands."""
-    return (
-        LAUNCHES * speed.start_seconds + sum(PASSES[kind] * tokens[kind] for kind in BUDGET) / speed.tokens_per_second
-    )
+def pass_seconds(tokens: Mapping[str, float], speed: Speed) -> float:
+    """Seconds of every pass over data sets of so many `tokens`, without the starts of the commands."""
+    return sum(PASSES[kind] * tokens[kind] for kind in BUDGET) / speed.tokens_per_second
 
 
 def plan(sizes: Mapping[str, Mapping[str, int]], speed: Speed, seconds_left: float) -> Plan:
     """What of data sets of `sizes` ({kind: {groups, tokens}}) fits `seconds_left`, at most BUDGET."""
     whole = {kind: float(min(BUDGET[kind], sizes[kind]["tokens"])) for kind in BUDGET}
-    fixed = LAUNCHES * speed.start_seconds
-    factor = (MARGIN * seconds_left - fixed) / max(seconds_of(whole, speed) - fixed, 1e-9)
+    factor = (MARGIN * seconds_left - LAUNCHES * speed.start_seconds) / max(pass_seconds(whole, speed), 1e-9)
     return scaled(sizes, speed, min(1.0, max(LEAST, factor)), whole)
 
 
@@ -75,7 +72,7 @@ def scaled(
     prompts = {
         kind: max(1, int(sizes[kind]["groups"] * tokens[kind] / max(1, sizes[kind]["tokens"]))) for kind in BUDGET
     }
-    return Plan(factor, prompts, seconds_of(tokens, speed) / 60)
+    return Plan(factor, prompts, (LAUNCHES * speed.start_seconds + pass_seconds(tokens, speed)) / 60)
 
 
 def save(path: Path, speed: Speed, chosen: Plan) -> None:

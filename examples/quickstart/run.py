@@ -34,19 +34,20 @@ import budget  # noqa: E402
 
 SHIPPED = HERE / "data.jsonl.gz"
 LONGEST_GROUP = 4096  # tokens; longer ones are dropped
+# rows of 512 tokens: longer ones are no faster on a CPU, and every token takes 2 MB of activations
+ROWS = ["--data.max_row_tokens", 512, "--data.max_group_tokens", LONGEST_GROUP]
 SAY = Console(stderr=True, highlight=False)
 
 
 def main() -> int:
     """Run the whole thing; returns the exit code."""
     args = arguments()
-    start = time.monotonic()
     try:
         summary = pipeline(args)
     except (MegafuseError, subprocess.CalledProcessError) as error:
         SAY.print(f"[red]quick start stopped:[/] {error}", soft_wrap=True)
         return getattr(error, "exit_code", None) or getattr(error, "returncode", None) or 1
-    SAY.print(f"\ndone in {(time.monotonic() - start) / 60:.1f} minutes: {summary}")
+    SAY.print(f"\ndone in {(time.monotonic() - args.start) / 60:.1f} minutes: {summary}")
     return 0
 
 
@@ -65,12 +66,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="prompts an optimizer step")
     parser.add_argument("--minutes", type=float, default=15, help="what it may take; fewer prompts on slow machines")
     parser.add_argument("--budget", type=float, help="factor on the number of tokens, whatever the time")
-    return parser.parse_args()
+    return parser.parse_args(namespace=argparse.Namespace(start=time.monotonic()))
 
 
 def pipeline(args: argparse.Namespace) -> Path:
     """All stages; returns the summary file."""
-    args.start = time.monotonic()
     name = args.data.name.split(".")[0] if args.data != SHIPPED else "shipped"
     run = args.run or Path("runs") / f"quickstart-{name}-{args.seed}"
     run.mkdir(parents=True, exist_ok=True)
@@ -131,9 +131,7 @@ def parallel(args: argparse.Namespace, *words: Any) -> None:
 
 def model_flags(model: Path, data: Path) -> list[Any]:
     """Flags that reference, eval and train share."""
-    # rows of 512 tokens: longer ones are no faster on a CPU, and every token takes 2 MB of activations
-    rows = ["--data.max_row_tokens", 512, "--data.max_group_tokens", LONGEST_GROUP]
-    return ["--model.path", model, "--data.dataset", data, *rows]
+    return ["--model.path", model, "--data.dataset", data, *ROWS]
 
 
 def reward_scale(path: Path, field: str | None) -> tuple[str, float]:
@@ -158,8 +156,7 @@ def fit(args: argparse.Namespace, run: Path, model: Path, data: dict[str, Path])
     began, report = time.monotonic(), run / "measure.json"
     sources, prompts = alike(data["pair"], args.batch)
     parallel(
-        args, "bench", "--out", report, "--model.path", model, "--data.path", data["pair"],
-        "--data.max_row_tokens", 512, "--data.max_group_tokens", LONGEST_GROUP,
+        args, "bench", "--out", report, "--model.path", model, "--data.path", data["pair"], *ROWS,
         "--loss", "dpo", "--sources", sources, "--prefix_sharing", "shared", "--steps", 1, "--warmup", 1,
         "--global_batch_size", prompts, "--observe.no-breakdown", "--seed", args.seed,
     )  # fmt: skip

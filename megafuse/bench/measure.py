@@ -53,11 +53,7 @@ class Stepper:
     planner: RowPlanner
     prefix_sharing: bool
 
-    def step(self, timeline: Timeline | None = None) -> BatchPlan:
-        """Do it, and say what was planned. Arguments and errors: see `take`."""
-        return self.take(timeline)[0]
-
-    def take(self, timeline: Timeline | None = None) -> tuple[BatchPlan, StepResult]:
+    def step(self, timeline: Timeline | None = None) -> tuple[BatchPlan, StepResult]:
         """Do it, and say what was planned and what came of it; `timeline` gets the host's part marked.
 
         Raises:
@@ -148,7 +144,7 @@ def steps_of_a_kind(*, warmup: int, steps: int, breakdown: bool, trace: bool) ->
 def _timed_step(stepper: Stepper) -> tuple[float, BatchPlan]:
     _quiet(stepper.topology)
     start = time.perf_counter()
-    plan = stepper.step()
+    plan, _ = stepper.step()
     _synchronise(stepper.topology)
     return _largest(stepper.topology, time.perf_counter() - start), plan
 

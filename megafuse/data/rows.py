@@ -119,7 +119,7 @@ class RowPlanner:
         longest = max_row_tokens if shape.lengths == "fixed" else max(max_group_tokens or 0, max_row_tokens)
         limit = longest // shape.multiple * shape.multiple
         self.useful = data.group_lengths
-        self.tokens = part_tokens(data, self.parts, prefix_sharing=prefix_sharing)
+        self.tokens = group_tokens(*lengths, prefix_sharing=prefix_sharing)
         self.pairs = layer_pairs(arch, *lengths, prefix_sharing=prefix_sharing)
         self.cost = self.tokens * float(flops_per_token(arch)) + self.pairs * float(flops_per_pair(arch))
         # a shared prompt's last place predicts the first token of every response: one row of logits for all

@@ -45,8 +45,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
         with process_groups():
             return [function(*args)]
     context: Any = multiprocessing.get_context("spawn" if has_cuda() else "forkserver")
-    if not has_cuda():
-        context.set_forkserver_preload(list(PRELOADED))
+    context.set_forkserver_preload(list(PRELOADED))
     environment = dict(os.environ)  # the server keeps the one in which it was started
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
@@ -68,7 +67,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
 
 
 def has_cuda() -> bool:
-    """Whether ranks need a CUDA context, which no process that is forked after the first look for a device can have."""
+    """Whether models and ranks are for CUDA, whose context no process has that is forked after a look for a device."""
     import torch
 
     return torch.cuda.is_available()

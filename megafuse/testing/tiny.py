@@ -8,6 +8,7 @@ import numpy as np
 
 from megafuse.config.train import TrainConfig
 from megafuse.data.store import FORMAT, GROUPS, MANIFEST, Row, RowWriter, content_digest, file_sizes, save_sorted
+from megafuse.testing.distributed import has_cuda
 
 
 def write_tiny_llama(
@@ -47,13 +48,6 @@ def head_width(narrow: int) -> int:
     from megafuse.model.build import FLEX_HEAD_DIM
 
     return max(narrow, FLEX_HEAD_DIM) if has_cuda() else narrow
-
-
-def has_cuda() -> bool:
-    """Whether models are for a CUDA device."""
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def tiny_settings(layers: int, hidden: int | None, heads: int, kv_heads: int, vocab: int, tied: bool) -> dict[str, Any]:

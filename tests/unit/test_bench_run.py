@@ -23,6 +23,7 @@ from megafuse.errors import ConfigError
 from megafuse.observe.flops import flops_per_token, model_flops
 from megafuse.testing.bench_workers import one_rank_breaks, raising
 from megafuse.testing.distributed import WorkerFailed, run_distributed
+from megafuse.training.step import StepResult
 
 
 @pytest.fixture(scope="module")
@@ -150,11 +151,11 @@ def test_the_products_of_a_real_step_are_those_that_mfu_counts(
     counted: list[tuple[int, BatchPlan]] = []
     step = Stepper.step
 
-    def counting(stepper: Stepper, timeline: Any = None) -> BatchPlan:
+    def counting(stepper: Stepper, timeline: Any = None) -> tuple[BatchPlan, StepResult]:
         with FlopCounterMode(display=False) as counter:
-            plan = step(stepper, timeline)
+            plan, result = step(stepper, timeline)
         counted.append((counter.get_total_flops(), plan))
-        return plan
+        return plan, result
 
     monkeypatch.setattr(Stepper, "step", counting)
     for recompute in ("none", "full"):

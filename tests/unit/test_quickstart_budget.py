@@ -1,26 +1,14 @@
 """How the quick start cuts its data to the time: more never fits on a slower machine, and what fits is used."""
 
-import importlib
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples" / "quickstart"
+from megafuse.testing.examples import quickstart_module
 
-
-def load(name: str) -> ModuleType:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(FOLDER))
-
-
-budget = load("budget")
+budget = quickstart_module("budget")
 SIZES = {"sft": {"groups": 70, "tokens": 16_000}, "pair": {"groups": 100, "tokens": 40_000},
          "rank": {"groups": 41, "tokens": 25_000}}  # fmt: skip
 QUARTER = 15 * 60.0

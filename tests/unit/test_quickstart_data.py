@@ -2,36 +2,23 @@
 
 import gzip
 import hashlib
-import importlib
 import json
 import random
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples" / "quickstart"
+from megafuse.testing.examples import QUICKSTART, quickstart_module
 
-
-def load(name: str) -> ModuleType:
-    """A module of the example folder, which is no package: its scripts import each other by bare name."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(FOLDER))
-
-
-rules, prompts, make_data = load("rules"), load("prompts"), load("make_data")
+rules, prompts, make_data = (quickstart_module(name) for name in ("rules", "prompts", "make_data"))
 
 
 @pytest.fixture(scope="module")
 def data() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in gzip.open(FOLDER / "data.jsonl.gz", "rt", encoding="utf-8")]
+    return [json.loads(line) for line in gzip.open(QUICKSTART / "data.jsonl.gz", "rt", encoding="utf-8")]
 
 
 BULLETS = {"kind": "bullets", "n": 2}
@@ -155,11 +142,11 @@ def test_every_source_answers_every_prompt_and_most_groups_have_a_gap(data: list
 
 
 def test_the_file_is_small_and_reads_the_same_everywhere() -> None:
-    raw = (FOLDER / "data.jsonl.gz").read_bytes()
+    raw = (QUICKSTART / "data.jsonl.gz").read_bytes()
     assert len(raw) < 1_500_000
     assert raw[4:8] == bytes(4)  # no time stamp: the same data gives the same file
     digest = hashlib.sha256(gzip.decompress(raw)).hexdigest()
-    assert digest in (FOLDER / "README.md").read_text(encoding="utf-8"), digest
+    assert digest in (QUICKSTART / "README.md").read_text(encoding="utf-8"), digest
 
 
 def test_the_shipped_file_is_what_the_script_makes_of_its_answers(data: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -175,7 +162,7 @@ def test_the_shipped_file_is_what_the_script_makes_of_its_answers(data: list[dic
     assert len(make_data.read_lines(work)) == 4 * len(data)
     assert work.read_bytes().endswith(b"]}\n")
     make_data.assemble(prompts.make_prompts(), work, out)
-    assert gzip.decompress(out.read_bytes()) == gzip.decompress((FOLDER / "data.jsonl.gz").read_bytes())
+    assert gzip.decompress(out.read_bytes()) == gzip.decompress((QUICKSTART / "data.jsonl.gz").read_bytes())
 
 
 class Digits:

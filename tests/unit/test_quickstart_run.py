@@ -1,7 +1,6 @@
 """The quick start's chain of commands, with a stand-in for each: which run, in which order, and at a second start."""
 
 import argparse
-import importlib
 import json
 import shutil
 import sys
@@ -10,12 +9,10 @@ from typing import Any
 
 import pytest
 
+from megafuse.testing.examples import quickstart_module
 from megafuse.testing.tiny import write_tiny_dataset
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples" / "quickstart"
-sys.path.insert(0, str(FOLDER))
-run = importlib.import_module("run")
-sys.path.remove(str(FOLDER))
+run = quickstart_module("run")
 
 
 class Commands:
