@@ -114,10 +114,9 @@ def test_trl_computes_the_same_loss(peer: Any, flags: Path, monkeypatch: pytest.
     assert peer.main() == 0
     assert json.loads(flags.read_text())["first_step"]["trl"]["loss"] != report["first_step"]["trl"]["loss"]
     theirs = peer.their_first_step
-    monkeypatch.setattr(peer, "BETA", 2.0)  # times the margins of `tiny`: as large as those of a wide model with 0.1
-    for precision in ("fp32", "bf16"):  # of TRL alone: caught, and measured all the same
+    for precision in ("fp32", "bf16"):  # another loss of TRL alone: caught, and measured all the same
         monkeypatch.setattr(sys, "argv", [*sys.argv, "--precision", precision])
-        monkeypatch.setattr(peer, "their_first_step", lambda trainer, n: theirs(twice(trainer), n))
+        monkeypatch.setattr(peer, "their_first_step", lambda trainer, n: theirs(ipo(trainer), n))
         assert peer.main() == 1
         report = json.loads(flags.read_text())
         assert not report["first_step"]["agree"] and all(r["prompts_per_second"] > 0 for r in report["results"])
@@ -126,8 +125,10 @@ def test_trl_computes_the_same_loss(peer: Any, flags: Path, monkeypatch: pytest.
         assert peer.main() == 0
 
 
-def twice(trainer: Any) -> Any:
-    trainer.beta *= 2
+def ipo(trainer: Any) -> Any:
+    """With IPO's loss: some 1 / (2 beta)^2 of a model that knows nothing, whatever its margins are. (Twice the beta
+    would move the loss by the mean margin of eight pairs, which now and then is within the bound.)"""
+    trainer.loss_types = ["ipo"]
     return trainer
 
 
