@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import torch
 
-from megafuse.doctor.hardware import usable_cores
+from megafuse.doctor.hardware import memory_bytes, usable_cores
 from megafuse.observe.manifest import read_json, utc_now, versions, write_json_atomic
 from megafuse.parallel.precision import CPUINFO, bf16_of
 
@@ -70,6 +70,7 @@ def one(data: Path | None, seed: int, flags: list[str]) -> dict[str, Any]:
     return {
         **summary,
         "data": name,
+        "memory_limit_gib": round(memory_bytes() / 2**30, 1),
         "minutes": round((time.monotonic() - start) / 60, 1) if fresh else None,
         "peak_memory_gib": round(peak.gib, 2),
         "sizes": prompts,
@@ -80,12 +81,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="scored answers; default: the shipped data set")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, required=True, help="JSON file; other runs in it are kept")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="JSON file; runs of another data set, seed or --processes are kept"
+    )
     args, flags = parser.parse_known_args()
     runs = [one(args.data, seed, flags) for seed in args.seeds]
-    made = {(run["data"], run["seed"]) for run in runs}
+
+    def identity(run: dict[str, Any]) -> tuple[str, int, int]:
+        return run["data"], run["seed"], run.get("processes", 0)  # older files have none
+
+    made = {identity(run) for run in runs}
     before = read_json(args.out)["runs"] if args.out.exists() else []
-    kept = [run for run in before if (run["data"], run["seed"]) not in made]
+    kept = [run for run in before if identity(run) not in made]
     device = {"machine": cpu_name(), "cores": usable_cores()}
     write_json_atomic(
         args.out,
@@ -93,7 +100,7 @@ def main() -> int:
             "created": utc_now(),
             "device": device,
             "versions": versions(),
-            "runs": sorted(kept + runs, key=lambda run: (run["data"], run["seed"])),
+            "runs": sorted(kept + runs, key=identity),
         },
     )
     for run in runs:

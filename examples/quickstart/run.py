@@ -249,6 +249,7 @@ def report(args: argparse.Namespace, run: Path, rows: list[StageRow], field: str
     plot_run([("FuseSFT", run / "fusesft"), ("FusePO", run / "fusepo")], run / "curves.png", "Quick start")
     (run / "summary.md").write_text(markdown + "\n")
     facts = {"data": str(args.data), "seed": args.seed, "reward_field": field, "alpha": alpha, "created": utc_now()}
+    facts |= {"processes": args.processes, "minutes_given": args.minutes}
     facts["budget"] = json.loads((run / "budget.json").read_text())
     write_json_atomic(run / "summary.json", {**facts, "stages": [vars(r) for r in rows], "versions": versions()})
     return run / "summary.md"
