@@ -1,4 +1,4 @@
-"""Which implementation of the log-prob kernels runs: `torch` anywhere, `triton` on CUDA devices from sm_80 on."""
+"""Which implementation of the kernels runs: `torch` anywhere, `triton` on CUDA devices from sm_80 on."""
 
 import contextlib
 import functools
@@ -75,4 +75,4 @@ def _obstacle(device: torch.device) -> str:
 
 @functools.cache
 def _say(chosen: str, device: str, obstacle: str) -> None:
-    _LOG.info("log-prob kernels on %s: %s%s", device, chosen, f" ({obstacle})" if obstacle else "")
+    _LOG.info("kernels on %s: %s%s", device, chosen, f" ({obstacle})" if obstacle else "")

@@ -15,7 +15,7 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 # The tests that use a GPU where there is one. The other kernel tests run on the CPU wherever they are.
 # shellcheck disable=SC2034
 GPU_KERNEL_TESTS=(tests/kernels/test_triton_linear.py tests/kernels/test_triton_logits.py
-  tests/kernels/test_triton_heads.py tests/kernels/test_triton_segments.py tests/kernels/test_group_loss.py
+  tests/kernels/test_triton_heads.py tests/kernels/test_triton_segments.py tests/kernels/test_triton_rope.py tests/kernels/test_group_loss.py
   tests/kernels/test_bench_kernels.py)
 
 find_device() { # sets device to cuda or none; exits with what torch's Python exits with where it cannot be asked

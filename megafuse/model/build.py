@@ -170,7 +170,7 @@ def transformer_config(arch: ModelArch, parallel: ParallelConfig, backend: Backe
         bias_dropout_fusion=cuda,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=False,  # RowSelfAttention turns queries and keys, and leaves mcore nothing to do
         persist_layer_norm=False,
         qk_layernorm=arch.qk_norm,
         **moe_settings(arch, layers=backend.layers),

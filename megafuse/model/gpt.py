@@ -18,9 +18,9 @@ HEAD_WORKSPACE = {"cuda": 1 << 30, "cpu": 1 << 28}
 class FusionGPT(GPTModel):
     """A pipeline stage of the target model, or one of its chunks.
 
-    Differences from `GPTModel`: RoPE angles follow the row's positions, `attention_mask` carries the row's layout, and
-    the LM head runs on the rows that predict a response token instead of on every position. Some models scale what the
-    embedding gives, and cap their logits.
+    Differences from `GPTModel`: rotary angles follow the row's positions, `attention_mask` carries the row's layout,
+    and the LM head runs on the rows that predict a response token instead of on every position. Some models scale what
+    the embedding gives, and cap their logits.
     """
 
     def __init__(

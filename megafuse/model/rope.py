@@ -1,16 +1,20 @@
-"""Rotary angles at explicit positions.
+"""Rotary positions: angles at explicit positions, and the attention that turns its queries and keys by them.
 
 megatron-core counts positions 0, 1, 2 ... along a row. A packed row restarts them at every sequence, and with prefix
 sharing at every response, so the angles are taken at the positions that the row names. Also megatron-core hard-codes
 Llama-3's `original_max_position_embeddings` (8192); here every value of the scaling rule is the model's own.
+It takes cosines and sines anew in every layer, for queries and for keys, rounds them to the activations' dtype, and
+turns a head in six passes over it. Here they are taken once a row, in fp32, and a head is turned in one pass.
 """
 
 import math
 from typing import Any
 
 import torch
+from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
+from megafuse.kernels.rope import rotate_heads
 from megafuse.model.arch import ModelArch
 
 
@@ -33,7 +37,7 @@ def inverse_frequencies(arch: ModelArch) -> Tensor:
 
 
 class RowRotary(torch.nn.Module):
-    """Stands for mcore's `RotaryEmbedding` inside `GPTModel`: angles at `positions`, set before each forward."""
+    """Stands for mcore's `RotaryEmbedding` inside `GPTModel`: for `positions`, which are set before each forward."""
 
     def __init__(self, arch: ModelArch, device: torch.device) -> None:
         super().__init__()
@@ -45,7 +49,29 @@ class RowRotary(torch.nn.Module):
         return 0
 
     def forward(self, _: int, **kwargs: Any) -> Tensor:
-        """Angles of the current row. [t, 1, 1, head_dim] fp32."""
+        """The current row's table for `rotate_heads`: cosines, then sines. [t, 1, 1, head_dim] fp32."""
         assert self.positions is not None
         angles = torch.outer(self.positions.to(torch.float32), self.inv_freq)
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+        return torch.cat((angles.cos(), angles.sin()), dim=-1)[:, None, None, :]
+
+
+class RowSelfAttention(SelfAttention):
+    """mcore's self-attention, whose `rotary_pos_emb` is the table of `RowRotary`."""
+
+    _table: Tensor | None = None  # of the row whose forward is running
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any
+    ) -> Any:
+        """As mcore's, which turns nothing itself. [t, 1, hidden] -> ([t, 1, hidden], bias)."""
+        self._table = rotary_pos_emb
+        try:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        finally:
+            self._table = None
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """(turned queries [t, 1, h, d], turned keys [t, 1, g, d], values [t, 1, g, d])."""
+        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+        assert self._table is not None, "called by forward"
+        return rotate_heads(query, self._table), rotate_heads(key, self._table), value

@@ -1,14 +1,15 @@
 """The layer specification: which module stands for each part of a transformer layer.
 
 Without Transformer Engine: mcore's parallel linear layers, our RMSNorm and core attention. With it: mcore's TE spec,
-whose core attention is replaced by ours unless the run asks for TE's. Both store the same checkpoint names.
+whose core attention is replaced by ours unless the run asks for TE's. Both turn queries and keys by our own rotary
+positions, and store the same checkpoint names.
 """
 
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -19,6 +20,7 @@ from megafuse.model.arch import ModelArch
 from megafuse.model.attention import core_attention
 from megafuse.model.moe import torch_experts
 from megafuse.model.norm import RMSNorm, normed
+from megafuse.model.rope import RowSelfAttention
 
 # mcore stores every flavour under Transformer Engine's names, where a norm is part of the linear layer behind it; a
 # router and its experts share the norm before them, which stays on its own
@@ -39,7 +41,7 @@ def torch_layer(core_attention: Any, arch: ModelArch) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=RowSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
@@ -67,6 +69,7 @@ def te_layer(core_attention: Any | None, arch: ModelArch) -> ModuleSpec:
     spec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=arch.qk_norm
     )
+    spec.submodules.self_attention.module = RowSelfAttention
     if core_attention is not None:
         spec.submodules.self_attention.submodules.core_attention = core_attention
     if arch.sandwich_norms:

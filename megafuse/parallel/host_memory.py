@@ -4,6 +4,8 @@ import ctypes
 import functools
 from collections.abc import Callable
 
+import torch
+
 
 @functools.cache
 def _malloc_trim() -> Callable[[int], int] | None:
@@ -17,10 +19,12 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 
 def give_back_freed_memory() -> bool:
-    """Return the heap's free pages to the system; whether any were.
+    """Return the heap's free pages to the system; whether any were. Nothing where CUDA is: what is large lies there.
 
     glibc keeps what was freed below the top of its heap: after a backward pass all of its activations, after DDP has
     moved the parameters into its buffer the old ones. Touching them again costs a page fault each, about 0.1 s a GiB.
     """
+    if torch.cuda.is_available():
+        return False
     trim = _malloc_trim()
     return trim is not None and bool(trim(0))

@@ -39,6 +39,7 @@ def builds() -> Iterator[Build]:
     yield from _heads()
     yield from _products()
     yield from _linear()
+    yield from _rope()
 
 
 def _logits() -> Iterator[Build]:
@@ -157,6 +158,17 @@ def _linear_build(
 ) -> Build:
     aligned = tuple(name for name in wide if name in kernel.arg_names)
     return Build(kernel.__name__, kernel, types, constants, {}, aligned)
+
+
+def _rope() -> Iterator[Build]:
+    from megafuse.kernels._triton_rope import turn_heads
+
+    types = {"table": "*fp32", "x_row": "i32", "x_head": "i32", "heads": "i32", "direction": "fp32"}
+    aligned = ("x", "table", "out", "x_row", "x_head")
+    for dtype, width in (("bf16", 128), ("bf16", 64), ("fp32", 128)):
+        constants = {"HALF": width // 2, "COLUMNS": width // 2, "HEADS": 2048 // width}
+        heads = {**types, "x": f"*{dtype}", "out": f"*{dtype}"}
+        yield Build(f"turn_heads-{dtype}-{width}", turn_heads, heads, constants, {"num_warps": 4}, aligned)
 
 
 def compile_one(build: Build, folder: Path, capability: int = 90) -> dict[str, Any]:

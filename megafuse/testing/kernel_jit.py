@@ -1,4 +1,6 @@
-"""`python -m megafuse.testing.kernel_jit`: the linear log-probs launched on an sm_90 that is not there; facts as JSON.
+"""`python -m megafuse.testing.kernel_jit`: kernels launched on an sm_90 that is not there; facts as JSON.
+
+What is launched: the linear log-probs, and the rotary positions of queries and keys.
 
 The host side runs as on CUDA: descriptors, Triton's binder, which decides by the arguments' values what is built anew,
 and the compiler. Only the driver is a stand-in: tensors lie on the CPU, and a kernel that has been built is not run.
@@ -128,6 +130,18 @@ def launch(rows: int, *, train: bool) -> None:
     linear._fold(problem.x, ones, torch.arange(rows), torch.empty(rows, WIDTH))
 
 
+def launch_rotary(rows: int, *, train: bool) -> None:
+    """Queries as they come from mcore, contiguous, and keys, a part of the product of queries, keys and values."""
+    from megafuse.kernels._rope_triton import turn
+
+    table = torch.zeros(rows, 1, 1, 64)
+    queries, parts = torch.zeros(rows, 1, 8, 64).bfloat16(), torch.zeros(rows, 1, 2, 6 * 64).bfloat16()
+    for x in (queries, parts[..., -128:-64]):
+        turn(x, table, 1.0)
+        if train:
+            turn(torch.zeros_like(x).contiguous(), table, -1.0)
+
+
 def main() -> int:
     """Launch every length as a reference and as a training step; print what was built after each, as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -144,6 +158,7 @@ def main() -> int:
             for rows in args.rows:
                 for train in (False, True):
                     launch(rows, train=train)
+                    launch_rotary(rows, train=train)
                 after.append({name: len(sizes) for name, sizes in found.items()})
     print(json.dumps({"builds": after, "shared": {name: max(sizes) for name, sizes in found.items()}}))
     return 0

@@ -97,8 +97,7 @@ def wrap_for_training(model: list[Any], config: OptimConfig, policy: Policy, *, 
     if policy.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in ddp]
         core.no_sync_func = no_sync if len(ddp) > 1 else no_sync[0]
-    if not torch.cuda.is_available():
-        give_back_freed_memory()  # the parameters' first copies, and what the reference pass left
+    give_back_freed_memory()  # the parameters' first copies, and what the reference pass left
     return Engine(ddp, optimizer, _schedule(optimizer, config, total_steps), config.clip_grad)
 
 
@@ -116,8 +115,7 @@ def use_one_kernel(optimizer: Any, *, wanted: bool) -> None:
 
 def _finalize(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
     """All-reduce gradients; the token count is dropped because the loss was divided by its exact denominator."""
-    if not torch.cuda.is_available():
-        give_back_freed_memory()  # the activations: gloo's copies of gradients and parameters, and Adam's come now
+    give_back_freed_memory()  # the activations: gloo's copies of gradients and parameters, and Adam's come now
     finalize_model_grads(model, None, **kwargs)
 
 

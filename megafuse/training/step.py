@@ -120,8 +120,7 @@ def backward(
     progress: float,
 ) -> Outputs:
     """Gradients of one global batch, summed over all ranks, in the parameters' `main_grad`; the rows' metric sums."""
-    if topology.device.type == "cpu":
-        give_back_freed_memory()  # what the last update needed beside its state: activations come now
+    give_back_freed_memory()  # what the last update needed beside its state: activations come now
     for chunk in engine.model:
         chunk.zero_grad_buffer()
     engine.optimizer.zero_grad()

@@ -64,6 +64,12 @@ def test_the_logits_are_read_in_wide_words(built: dict[str, dict[str, Any]]) -> 
             assert facts["STG.E.128"] >= 2, (name, facts)
 
 
+def test_heads_are_read_and_written_in_wide_words(built: dict[str, dict[str, Any]]) -> None:
+    for name, facts in built.items():
+        if name.startswith("turn_heads"):
+            assert facts["LDG.E.128"] >= 2 and facts["STG.E.128"] >= 2, (name, facts)
+
+
 def test_no_floating_point_atomics(built: dict[str, dict[str, Any]]) -> None:
     """Only the flag of rows to do again is atomic: a maximum of integers."""
     atomic = {name.split("-")[0] for name, facts in built.items() if "ATOM" in facts or "RED" in facts}

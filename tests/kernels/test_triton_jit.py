@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED_MEMORY = 232_448  # bytes a block may have on sm_90
 LENGTHS = (40, 1, 3001, 5003, 8192)  # divisible by 16 or not, one chunk or two that begin anywhere, a single row
 # A reference's product does not store E, a step's does; both have a guarded twin, and share the search for the maximum.
-BUILDS = {"exp_product": 5, "sum_tiles": 2}
+# Queries and keys differ in the number of heads.
+BUILDS = {"exp_product": 5, "sum_tiles": 2, "turn_heads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_the_first_length_builds_everything_and_the_others_nothing(built: dict[str, Any]) -> None:
     kernels = ("target_logits", "exp_product", "sum_tiles", "move_anchors", "finish_targets", "bind_gradient")
-    expected = {name: BUILDS.get(name, 1) for name in (*kernels, "fold_rows")}
+    expected = {name: BUILDS.get(name, 1) for name in (*kernels, "fold_rows", "turn_heads")}
     assert built["builds"] == [expected] * len(LENGTHS)
 
 

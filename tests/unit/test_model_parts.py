@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megafuse.data.shard import owners
 from megafuse.errors import ConfigError
+from megafuse.kernels.rope import rotate_heads
 from megafuse.model import attention
 from megafuse.model.arch import ModelArch, RopeScaling
 from megafuse.model.attention import (
@@ -64,8 +65,25 @@ def test_inverse_frequencies_equal_transformers(scaling: RopeScaling | None) -> 
     positions = torch.tensor([0, 1, 7, 3, 4000])
     rotary = RowRotary(arch(scaling), torch.device("cpu"))
     rotary.positions = positions
-    cos, _ = theirs(torch.zeros(1), positions[None])
-    assert torch.equal(rotary(0)[:, 0, 0].cos(), cos[0])
+    cos, sin = (x[0].chunk(2, dim=-1)[0] for x in theirs(torch.zeros(1), positions[None]))
+    assert torch.equal(rotary(0)[:, 0, 0], torch.cat((cos, sin), dim=-1))
+
+
+def test_queries_and_keys_turn_as_in_megatron_core_to_the_bit() -> None:
+    """In fp32. In bf16 megatron-core rounds cosines, sines and products, and ours only the result."""
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+
+    model = arch(None)
+    rotary = RowRotary(model, torch.device("cpu"))
+    rotary.positions = torch.randint(0, 9000, (7,))
+    angles = torch.outer(rotary.positions.float(), rotary.inv_freq).repeat(1, 2)[:, None, None]
+    theirs = torch.randn(7, 1, 3, 3 * model.head_dim)[..., : model.head_dim].detach().requires_grad_()
+    ours, slope = theirs.detach().clone().requires_grad_(), torch.randn(7, 1, 3, model.head_dim)
+    expected, found = _apply_rotary_pos_emb_bshd(theirs, angles), rotate_heads(ours, rotary(0))
+    assert torch.equal(found, expected)
+    expected.backward(slope)
+    found.backward(slope)
+    assert ours.grad is not None and theirs.grad is not None and torch.equal(ours.grad, theirs.grad)
 
 
 def random_layout(rng: torch.Generator, shared: bool) -> Tensor:
