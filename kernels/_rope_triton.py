@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 
 from megafuse.kernels._triton_rope import turn_heads
@@ -16,13 +17,12 @@ def turn(x: Tensor, table: Tensor, direction: float) -> Tensor:
     x = x if x.stride(3) == 1 else x.contiguous()
     rows, _, heads, width = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    half = width // 2
-    columns = 1 << max(0, half - 1).bit_length()  # a power of two that holds them
-    together = min(1 << max(0, heads - 1).bit_length(), max(1, _PAIRS // columns))
     if out.numel():
+        columns = triton.next_power_of_2(width // 2)
+        together = min(triton.next_power_of_2(heads), max(1, _PAIRS // columns))
         with on_device(x):
             turn_heads[(rows, -(-heads // together))](
                 *(x, table.contiguous(), out, x.stride(0), x.stride(2), heads, direction),
-                HALF=half, COLUMNS=columns, HEADS=together, num_warps=4,
+                HALF=width // 2, COLUMNS=columns, HEADS=together, num_warps=4,
             )  # fmt: skip
     return out
