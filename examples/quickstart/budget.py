@@ -75,9 +75,9 @@ def scaled(
     return Plan(factor, prompts, (LAUNCHES * speed.start_seconds + pass_seconds(tokens, speed)) / 60)
 
 
-def save(path: Path, speed: Speed, chosen: Plan) -> None:
-    """Keep both for a second start of the same run."""
-    write_json_atomic(path, {"speed": asdict(speed), "plan": asdict(chosen)})
+def save(path: Path, speed: Speed, chosen: Plan, origin: Mapping[str, Any]) -> None:
+    """Keep both, and the `origin` of the data that they are for, for a second start of the same run."""
+    write_json_atomic(path, {"speed": asdict(speed), "plan": asdict(chosen), "origin": dict(origin)})
 
 
 def saved(path: Path) -> tuple[Speed, Plan] | None:

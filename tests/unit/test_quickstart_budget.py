@@ -51,5 +51,14 @@ def test_the_measurement_is_read_and_kept(tmp_path: Path) -> None:
     assert found == budget.Speed(8, 12.0, 200.0, 16.0, "fp32")
     assert budget.saved(tmp_path / "budget.json") is None
     chosen = budget.plan(SIZES, found, QUARTER)
-    budget.save(tmp_path / "budget.json", found, chosen)
+    budget.save(tmp_path / "budget.json", found, chosen, {"seed": 0})
     assert budget.saved(tmp_path / "budget.json") == (found, chosen)
+
+
+@pytest.mark.parametrize(("cores", "gib", "processes"), [(2, 23, 2), (16, 8, 2), (2, 7.9, 1), (16, 6, 1), (1, 64, 1)])
+def test_two_processes_where_there_are_cores_and_memory(
+    cores: int, gib: float, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "usable_cores", lambda: cores)
+    monkeypatch.setattr(budget, "memory_bytes", lambda: int(gib * 2**30))
+    assert budget.processes_here() == processes
