@@ -14,7 +14,7 @@
 # is 1.2 times as long as a response, 3.65 on GSM8K (139 + 32 x 131 over 139 + 8 x 131), close to 4 with short prompts.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-: "${DATA:?set DATA to scored answers, .jsonl or .jsonl.gz: the lengths}"
+[ -n "${DATA:-}" ] || { echo "set DATA to scored answers, .jsonl or .jsonl.gz: the lengths" >&2; exit 2; }
 OUT=${OUT:-bench/results}
 # shellcheck source=scripts/gpu_env.sh
 source scripts/gpu_env.sh

@@ -7,8 +7,8 @@
 #   bash scripts/gpu_run.sh trace       a profiler trace of one step, the step with sdpa in place of flex, and both alone
 #
 # Beforehand, where there is a network: make gpu-wheels DATA=scored.jsonl.gz; take the folders wheels/ and .gpu/ along.
-# OUT (build/gpu_run) gets a log and a JSON file of each piece, and summary.txt: at most 8 files of at most 16 MiB. Every
-# piece has a limit of its own, and its files are written as it goes, so that a piece that is cut leaves what it had. The
+# OUT (build/gpu_run/COMMAND) gets a log and a JSON file of each piece, and summary.txt: at most 8 files of at most 16
+# MiB. Every piece has a limit of its own, and its files are written as it goes, so that a piece that is cut leaves what it had. The
 # limits of a command, and those of what is done before it on a machine that has nothing installed, add up to less than
 # 600 s. PYTHON (python3) is the machine's Python, with torch; DATA the lengths that are trained on (the one .jsonl in
 # .gpu/). Exit status: 0 where every piece has 0, else the largest of them. Where there is no CUDA device, `correct` says
@@ -18,7 +18,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" >&2; exit 2; }
 [ $# = 1 ] || usage
 case $1 in correct | kernels | train | trace) ;; *) usage ;; esac
-OUT=${OUT:-$PWD/build/gpu_run}
+OUT=${OUT:-$PWD/build/gpu_run/$1}
 # shellcheck source=scripts/gpu_env.sh
 source scripts/gpu_env.sh
 if [ "$1" = correct ]; then need_device "gpu_run.sh $1"; else find_device; fi

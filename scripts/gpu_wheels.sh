@@ -12,10 +12,13 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3} TARGET_PYTHON=${TARGET_PYTHON:-3.12} TARGET_MACHINE=${TARGET_MACHINE:-x86_64}
 [ -z "${DATA:-}" ] || [ -f "$DATA" ] || { echo "DATA=$DATA is not there: give a .jsonl or .jsonl.gz file" >&2; exit 2; }
+case ${DATA:-} in '' | *.jsonl | *.jsonl.gz) ;; *) # gpu_run.sh finds it by its ending
+  echo "DATA=$DATA: give a .jsonl or .jsonl.gz file" >&2; exit 2 ;;
+esac
 
 # pydantic works with exactly one version of pydantic-core: constraints.txt has the pair
 needed=(megatron-core pydantic pydantic-core annotated-types tyro docstring-parser typeguard datasets dill multiprocess
-  typing-inspection)
+  typing-inspection pytest-timeout pytest-xdist execnet)
 peers=(liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.16.0)
 
 unpinned=()

@@ -83,7 +83,9 @@ class RowShape:
 
     dp_size: int = 1
     multiple: int = 1
-    """Row lengths are rounded up to it: sequence and context parallelism cut a row into equal parts."""
+    """Row lengths are rounded up to it: sequence and context parallelism cut a row into equal parts, of whole tiles."""
+    tile: int = 1
+    """Places that the attention computes at once; `multiple` is a multiple of it."""
     count_multiple: int = 1
     """Rows a rank are made a multiple of it: the interleaved schedule takes micro-batches in turns of the stages."""
     lengths: RowLengths = "own"
@@ -126,9 +128,12 @@ class RowPlanner:
         shared = np.diff(data.response_lengths[1]) - 1 if prefix_sharing else 0
         self.head_rows = self.useful - data.prompt_lengths - shared
         if self.budget == 0:
+            tiles = f" of {shape.tile} tokens, which flex attention computes at once," if shape.tile > 1 else ""
+            cut = shape.multiple > shape.tile
             raise ConfigError(
-                f"data.max_row_tokens = {max_row_tokens} is less than one place for each of the {shape.multiple} parts "
-                f"that the layout cuts a row into; raise it, or lower parallel.context or parallel.tensor"
+                f"data.max_row_tokens = {max_row_tokens} is less than one place{tiles} for each of the "
+                f"{shape.multiple // shape.tile} parts that the layout cuts a row into; raise it to {shape.multiple}"
+                + (", or lower parallel.context or parallel.tensor" if cut else "")
             )
         if len(self.tokens) and self.tokens.max() > limit:
             worst = int(self.tokens.argmax())
@@ -216,7 +221,7 @@ def check_vocabulary(data: GroupDataset, arch: ModelArch) -> None:
 def row_shape(parallel: ParallelConfig, dp_size: int, backend: Any) -> RowShape:
     """What the layout and the backend (model.build.Backend) ask of the rows of a step."""
     lengths: RowLengths = "own" if parallel.pipeline == 1 else "stage"
-    tile = 128 if backend.attention == "flex" else 1  # the kernel's: no ragged edges, few shapes to compile
+    tile = 128 if backend.attention == "flex" else 1  # model.flex.TILE: no ragged edges, few shapes to compile
     if parallel.virtual_pipeline > 1:
         lengths = "padded"  # mcore's interleaved schedule cannot tell whose shape is whose between two stages
     if backend.policy.tp_comm_overlap:
@@ -225,6 +230,7 @@ def row_shape(parallel: ParallelConfig, dp_size: int, backend: Any) -> RowShape:
         dp_size=dp_size,
         multiple=parallel.context * lcm(parallel.tensor if parallel.sequence else 1, tile),
         count_multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
+        tile=tile,
         lengths=lengths,
     )
 

@@ -83,19 +83,21 @@ def _measured() -> Bf16:
 
 
 def settle_precision(wanted: str, topology: "Topology", began: Began = lambda: None) -> tuple[str, str]:
-    """(bf16 | fp32, reason) of a run, the same on every rank. Collective where `wanted` is `auto`.
+    """(bf16 | fp32, reason) of a run, the same on every rank. Collective unless `wanted` is fp32.
 
     `auto` is what the run is bound to (`began()`, called on rank 0: the precision, and what binds it), so that it goes
-    on to the bit on any machine; for a new run bf16 if every rank's device computes it, else fp32. The reason is "" for
-    a value that was asked for.
+    on to the bit on any machine; for a new run bf16 if every rank's device computes it, else fp32. What was asked
+    for is taken; its reason is "", but for bf16 where a device emulates it, which takes a user by surprise.
     """
-    if wanted != "auto":
+    if wanted == "fp32":
         return wanted, ""
     found = topology.gather_on_rank_zero(bf16_of(topology.device))
 
     def decide() -> tuple[str, str]:
         assert found is not None, "rank 0 has gathered"
         worst = next((one for one in found if not one.native), found[0])
+        if wanted != "auto":
+            return wanted, "" if worst.native else f"as asked for, though {worst.reason}: fp32 is faster"
         if bound := began():
             return bound[0], f"{bound[1]}; here {worst.reason}"
         return ("bf16" if worst.native else "fp32"), worst.reason

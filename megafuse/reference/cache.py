@@ -88,7 +88,17 @@ def began_precision(folder: Path) -> str | None:
     """The precision of the cache, finished or not, in `folder`; None where there is no readable one."""
     if not (folder / "manifest.json").is_file():
         return None
-    return settings_precision(read_manifest_of(folder, FORMAT)["digest"]["settings"])
+    return settings_precision(read_manifest_of(folder, FORMAT)["digest"].get("settings", ""))
+
+
+def require_key(folder: Path, expected: dict[str, str], *, advice: str) -> None:
+    """Refuse to go on with a cache in `folder`, if there is one, that belongs to something else.
+
+    Raises:
+        IntegrityError: naming the part that differs, and `advice`.
+    """
+    if (folder / "manifest.json").is_file():
+        require_match(expected, read_manifest_of(folder, FORMAT)["digest"], folder, advice=advice)
 
 
 def read_cache(folder: Path, expected: dict[str, str], offsets: np.ndarray, lengths: np.ndarray) -> ReferenceLogps:

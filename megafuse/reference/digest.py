@@ -35,21 +35,20 @@ def reference_digest(checkpoint: Path, data_manifest: dict[str, Any], *, precisi
     }
 
 
-def require_match(expected: dict[str, str], found: dict[str, str], where: Path) -> None:
+ANOTHER = "write a new one with `megafuse reference`, or leave reference.path empty to compute it in the run"
+
+
+def require_match(expected: dict[str, str], found: dict[str, str], where: Path, *, advice: str = ANOTHER) -> None:
     """Refuse a cache that was made from something else.
 
     Raises:
-        IntegrityError: listing every part that differs, with both values.
+        IntegrityError: listing every part that differs, with both values, and `advice`.
     """
     wrong = [part for part in PARTS if expected[part] != found.get(part)]
     if wrong:
         lines = [f"  {part}: {PARTS[part]}: cache {found.get(part)!r}, this run {expected[part]!r}" for part in wrong]
-        advice, precision = "\n", settings_precision(found.get("settings", ""))
+        precision = settings_precision(found.get("settings", ""))
         if wrong == ["settings"] and precision:
-            advice = f"\nset model.precision = {precision!r} to use it, or "
-        raise IntegrityError(
-            f"reference cache {where} does not belong to this run; these parts differ:\n"
-            + "\n".join(lines)
-            + advice
-            + "write a new one with `megafuse reference`, or leave reference.path empty to compute it in the run"
-        )
+            advice = f"set model.precision = {precision!r} to use it, or {advice}"
+        told = [f"reference cache {where} does not belong to this run; these parts differ:", *lines, advice]
+        raise IntegrityError("\n".join(told))

@@ -15,7 +15,7 @@ from megafuse.model.build import build_model, choose_backend
 from megafuse.parallel.layouts import check_layout
 from megafuse.parallel.precision import BEGAN, settled
 from megafuse.parallel.topology import layout, process_groups, world_size_here
-from megafuse.reference.cache import ReferenceLogps, began_precision, is_complete, read_cache
+from megafuse.reference.cache import ReferenceLogps, began_precision, is_complete, read_cache, require_key
 from megafuse.reference.compute import write_reference
 from megafuse.reference.digest import reference_digest
 
@@ -49,6 +49,7 @@ def run_reference(config: ReferenceRunConfig | EvalConfig, folder: Path, name: s
         digest = topology.on_rank_zero(
             lambda: reference_digest(config.model.path, data.manifest, precision=config.model.precision)
         )
+        topology.on_rank_zero(lambda: require_key(folder, digest, advice="give another --out"))
         if not topology.on_rank_zero(lambda: is_complete(folder)):
             with torch.no_grad():
                 model = build_model(arch, config.parallel, topology, backend)

@@ -12,7 +12,7 @@ from megafuse.checkpoint.folder import complete_steps
 from megafuse.checkpoint.keeper import Keeper
 from megafuse.checkpoint.lock import RunLock, acquire
 from megafuse.checkpoint.saver import Saver
-from megafuse.config.drift import began_precision, refuse_drift
+from megafuse.config.drift import CONFIG_FILE, began_precision, refuse_drift
 from megafuse.config.train import TrainConfig
 from megafuse.data.dataset import GroupDataset
 from megafuse.data.rows import RowPlanner, check_vocabulary, row_planner
@@ -96,6 +96,7 @@ class _Run:
     backend: Backend
     planner: RowPlanner
     topology: Topology
+    given: ReferenceLogps | None = None  # the log-probs at `reference.path`, once they are read
 
     def run(self) -> Path:
         config, topology = self.config, self.topology
@@ -114,6 +115,8 @@ class _Run:
         sampler = BatchSampler(len(self.data), config.global_batch_size, config.epochs, config.seed)
         total = min(sampler.total_steps, config.max_steps or sampler.total_steps)
         steps = topology.on_rank_zero(lambda: complete_steps(config.run_dir / "checkpoints"))
+        if topology.on_rank_zero(lambda: not (config.run_dir / CONFIG_FILE).is_file()):
+            self.given = self._given_reference()  # before the folder binds: a path that does not fit binds nothing
         changes = topology.on_rank_zero(lambda: refuse_drift(config, max(steps, default=0)))
         keeper = Keeper(config, topology, self.data.manifest["digest"]["data"], self._say)
         newest = keeper.newest()
@@ -140,7 +143,9 @@ class _Run:
         config, topology = self.config, self.topology
         model = build_model(self.arch, config.parallel, topology, self.backend, recompute=config.model.recompute)
         self._say(f"world {topology.world_size} on {topology.device.type}, {self.backend}, {total} steps")
-        reference = self._reference(model, keeper, self.data, self.planner, config.reference.path, "reference")
+        reference = self.given or self._given_reference()
+        if reference is None:
+            reference = self._reference(model, keeper, self.data, self.planner, "reference")
         held_out = self._held_out(model, keeper)
         if newest is None:
             keeper.load_model(model, config.model.path)
@@ -184,28 +189,26 @@ class _Run:
         check_data(data, self.arch, self.loss)
         self.topology.on_rank_zero(lambda: refuse_trained_prompts(data, self.data))
         planner = row_planner(config, data, self.arch, self.topology.world_size, self.backend)
-        reference = self._reference(model, keeper, data, planner, None, "held_out_reference")
+        reference = self._reference(model, keeper, data, planner, "held_out_reference")
         return HeldOut(data, planner, reference, batch=config.global_batch_size)
 
+    def _given_reference(self) -> ReferenceLogps | None:
+        """Reference log-probs from the cache at `reference.path`; None where there is none or none is needed."""
+        path = self.config.reference.path
+        if path is None or not self.loss.needs_reference:
+            return None
+        flat, offsets = self.data.response_lengths
+        return read_cache(path, self._digest(self.data), offsets, flat)
+
     def _reference(
-        self,
-        model: list[Any],
-        keeper: Keeper,
-        data: GroupDataset,
-        planner: RowPlanner,
-        path: Path | None,
-        name: str,
+        self, model: list[Any], keeper: Keeper, data: GroupDataset, planner: RowPlanner, name: str
     ) -> ReferenceLogps | None:
-        """Reference log-probs: from the cache at `path`, or computed now with the starting weights into RUN/`name`."""
+        """Reference log-probs, computed with the starting weights into RUN/`name`, unless they are there."""
         config = self.config
         if not self.loss.needs_reference:
             return None
-        source = config.reference.model or config.model.path
-        digest = self.topology.on_rank_zero(
-            lambda: reference_digest(source, data.manifest, precision=config.model.precision)
-        )
-        folder = path or config.run_dir / name
-        if path is None and not self.topology.on_rank_zero(lambda: is_complete(folder)):
+        source, digest, folder = self._reference_model, self._digest(data), config.run_dir / name
+        if not self.topology.on_rank_zero(lambda: is_complete(folder)):
             keeper.load_model(model, source)
             write_reference(
                 model, self.topology, data, planner, folder, name="ref", digest=digest, source=source,
@@ -213,3 +216,12 @@ class _Run:
             )  # fmt: skip
         flat, offsets = data.response_lengths
         return read_cache(folder, digest, offsets, flat)
+
+    @property
+    def _reference_model(self) -> Path:
+        return self.config.reference.model or self.config.model.path
+
+    def _digest(self, data: GroupDataset) -> dict[str, str]:
+        """The key of the reference log-probs of `data`. Collective."""
+        source, precision = self._reference_model, self.config.model.precision
+        return self.topology.on_rank_zero(lambda: reference_digest(source, data.manifest, precision=precision))

@@ -102,6 +102,17 @@ def test_alone_through_the_command_line(scored: Path, tmp_path: Path, capsys: py
     assert "K=4: prompts/s prefix-shared / separate" in shown.out and "bench K=4 separate" in shown.err
 
 
+def test_the_report_has_the_precision_that_was_settled(
+    scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for flags, precision in (("avx2", "fp32"), ("avx512f avx512_bf16", "bf16")):
+        (tmp_path / "cpuinfo").write_text(f"flags\t\t: {flags}\n")
+        monkeypatch.setattr("megafuse.parallel.precision.CPUINFO", tmp_path / "cpuinfo")
+        given = settings(scored, model={"path": "tiny"}, sources=[2], prefix_sharing="shared", steps=1, warmup=0)
+        report = bench(validate(BenchConfig, given))
+        assert report["config"]["model"]["precision"] == precision
+
+
 def test_kinds_that_raise_leave_the_others(scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Four kinds, two steps each, one row a step: the first steps of the second and of the third run out of memory."""
     out = tmp_path / "bench.json"

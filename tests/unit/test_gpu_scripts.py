@@ -49,7 +49,7 @@ def test_the_kernel_tests_that_use_a_gpu_are_run_on_one() -> None:
 def test_every_wheel_has_a_version() -> None:
     pinned = dict(re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     needed = words("gpu_wheels.sh", "needed")
-    assert len(needed) == 11 and set(needed) <= set(pinned)
+    assert len(needed) == 14 and set(needed) <= set(pinned)
     assert all(re.fullmatch(r"[\w-]+==[\d.]+", peer) for peer in words("gpu_wheels.sh", "peers"))
 
 
@@ -58,6 +58,12 @@ def test_what_cannot_be_is_refused_before_anything_is_done(tmp_path: Path) -> No
         found = run("bash", "scripts/gpu_run.sh", *arguments, OUT=str(tmp_path / "out"))
         assert found.returncode == 2 and "gpu_run.sh correct" in found.stderr and found.stdout == ""
     assert not (tmp_path / "out").exists()
+    (tmp_path / "scored.json").touch()  # gpu_run.sh would not find it
+    for name in ("scored.json", "none.jsonl"):
+        found = run("bash", "scripts/gpu_wheels.sh", DATA=str(tmp_path / name))
+        assert found.returncode == 2 and ".jsonl.gz" in found.stderr and found.stdout == ""
+    found = run("bash", "scripts/gpu_bench.sh", DATA="")
+    assert found.returncode == 2 and "set DATA" in found.stderr
     found = run("bash", "scripts/gpu_wheels.sh", DATA=str(tmp_path / "none.jsonl"))
     assert found.returncode == 2 and "is not there" in found.stderr
 
@@ -215,7 +221,7 @@ def test_lengths_that_are_taken_along_replace_those_of_before(checkout: Path, ma
         assert found.returncode == 0, found.stderr
         assert [p.name for p in (checkout / ".gpu").glob("*.jsonl*")] == ["new.jsonl.gz"]
         assert (checkout / ".gpu" / "new.jsonl.gz").read_text() == "lengths"
-    assert len(list((checkout / "wheels").glob("*.whl"))) == 11
+    assert len(list((checkout / "wheels").glob("*.whl"))) == 14
     assert run("bash", "scripts/gpu_wheels.sh", cwd=checkout, **machine).returncode == 0
     assert (checkout / ".gpu" / "new.jsonl.gz").is_file()
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megafuse.cli.eval import run as evaluate
 from megafuse.config.drift import began_precision
-from megafuse.config.forward import ReferenceRunConfig
+from megafuse.config.forward import EvalConfig, ReferenceRunConfig
 from megafuse.config.load import dump_toml
 from megafuse.config.sample import SampleConfig
 from megafuse.config.score import ScoreConfig
@@ -18,15 +19,15 @@ from megafuse.config.train import TrainConfig
 from megafuse.converters.importer import import_hf
 from megafuse.data import chunks
 from megafuse.errors import ConfigError, IntegrityError
-from megafuse.observe.manifest import write_json_atomic
+from megafuse.observe.manifest import read_json, write_json_atomic
 from megafuse.parallel import precision
-from megafuse.parallel.precision import Bf16, bf16_of, product_seconds, settle_precision
+from megafuse.parallel.precision import BEGAN, Bf16, bf16_of, product_seconds, settle_precision
 from megafuse.reference import cache
 from megafuse.reference.run import run_reference
 from megafuse.rewards import score
 from megafuse.sampling import sample
 from megafuse.testing.tiny import tiny_run, write_tiny_dataset, write_tiny_llama
-from megafuse.training.run import train
+from megafuse.training.run import bound_by, train
 
 CPU = torch.device("cpu")
 # the interesting part of /proc/cpuinfo
@@ -112,11 +113,19 @@ def test_products_of_the_dtype_are_timed() -> None:
         assert products.seen == {dtype: 2}  # the first one warms up
 
 
-@pytest.mark.parametrize(("capability", "native"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+@pytest.mark.parametrize(
+    ("capability", "hip", "native"),
+    [((7, 5), None, False), ((8, 0), None, True), ((9, 0), None, True), ((7, 5), "6.4", True)],
+)
 def test_cuda_by_its_capability(
-    capability: tuple[int, int], native: bool, monkeypatch: pytest.MonkeyPatch, machine: Callable[[str], None]
+    capability: tuple[int, int],
+    hip: str | None,
+    native: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    machine: Callable[[str], None],
 ) -> None:
     machine("AMD EPYC 7003 (Zen 3)")  # the CPU beside the GPU has no say
+    monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     found = bf16_of(torch.device("cuda", 0))
@@ -130,9 +139,27 @@ def test_one_rank_that_emulates_decides_for_all(machine: Callable[[str], None]) 
     assert settle("auto", Bf16(True, "so does this"), old) == ("fp32", old.reason)
 
 
+def test_the_other_ranks_take_what_rank_zero_says(machine: Callable[[str], None]) -> None:
+    class Other(Ranks):
+        def gather_on_rank_zero(self, value: Bf16) -> None:  # type: ignore[override]
+            return None
+
+        def on_rank_zero(self, function: Callable[[], Any]) -> Any:
+            return "fp32", "what rank 0 has found"
+
+    machine("Intel Sapphire Rapids")  # this rank alone would take bf16
+    other: Any = Other()
+    assert settle_precision("auto", other) == ("fp32", "what rank 0 has found")
+
+
 def test_what_is_asked_for_is_taken(machine: Callable[[str], None]) -> None:
     machine("AMD EPYC 7003 (Zen 3)")
-    assert settle("bf16") == ("bf16", "") and settle("fp32", began="bf16") == ("fp32", "")
+    found, reason = settle("bf16")
+    assert found == "bf16" and "as asked for, though this CPU emulates bf16" in reason and "fp32 is faster" in reason
+    assert settle("fp32", began="bf16") == ("fp32", "")
+    machine("AMD EPYC 9004 (Zen 4)")
+    assert settle("bf16") == ("bf16", "")
+    assert settle("bf16", Bf16(False, "an old one"))[1] == "as asked for, though an old one: fp32 is faster"
 
 
 def test_the_default_is_auto() -> None:
@@ -191,23 +218,50 @@ def test_a_reference_cache_keeps_it_too_and_says_what_fits(
     machine("AMD EPYC 7003 (Zen 3)")
     assert ", bf16 (what it began with" in reference()
 
-    def run(name: str, **model: Any) -> str:
-        train(
-            tiny_run(
-                tmp_path / name,
-                inputs / "model",
-                inputs / "pair",
-                model={"precision": "auto", **model},
-                loss={"name": "dpo", "beta": 0.3},
-                reference={"path": tmp_path / "ref"},
-                max_steps=1,
-            )
+    def config(name: str, model: dict[str, Any]) -> TrainConfig:
+        return tiny_run(
+            tmp_path / name,
+            inputs / "model",
+            inputs / "pair",
+            model={"precision": "auto", **model},
+            loss={"name": "dpo", "beta": 0.3},
+            reference={"path": tmp_path / "ref"},
+            max_steps=1,
         )
+
+    def run(name: str, **model: Any) -> str:
+        train(config(name, model))
         return capfd.readouterr().err
 
     assert f", bf16 (that of {tmp_path / 'ref'}; here this CPU emulates bf16" in run("takes_it")
     with pytest.raises(IntegrityError, match=r"set model\.precision = 'bf16' to use it, or write a new one"):
         run("another", precision="fp32")
+    # the refused start binds nothing: doing what it says works, in the same folder
+    assert ", bf16 (as asked for, though this CPU emulates bf16" in run("another", precision="bf16")
+    # what a run began with goes before what a cache has: or it would go on in another precision
+    values = config("takes_it", {}).model_copy(update={"run_dir": tmp_path / "fp32"})
+    train(values.model_copy(update={"reference": values.reference.model_copy(update={"path": None}),
+                                    "model": values.model.model_copy(update={"precision": "fp32"})}))  # fmt: skip
+    assert bound_by(values) == ("fp32", BEGAN)
+    assert bound_by(values.model_copy(update={"run_dir": tmp_path / "new"})) == ("bf16", f"that of {tmp_path / 'ref'}")
+
+
+def test_a_cache_of_a_version_that_wrote_no_settings_binds_nothing(tmp_path: Path) -> None:
+    write_json_atomic(tmp_path / "manifest.json", {"format": cache.FORMAT, "digest": {"weights": "0"}})
+    assert cache.began_precision(tmp_path) is None
+
+
+def test_an_evaluation_in_another_precision_says_what_to_give(
+    inputs: Path, tmp_path: Path, machine: Callable[[str], None]
+) -> None:
+    machine("AMD EPYC 7003 (Zen 3)")
+    ranked = write_tiny_dataset(tmp_path / "rank", "rank", seed=5, groups=4)
+    values = {"out": tmp_path / "ev", "model": {"path": inputs / "model"}, "data": {"dataset": ranked}}
+    assert evaluate(EvalConfig.model_validate(values)) == 0
+    assert read_json(tmp_path / "ev" / "accuracy.json")["precision"] == "fp32"  # what was computed, not `auto`
+    values["model"] = {"path": inputs / "model", "precision": "bf16"}
+    with pytest.raises(IntegrityError, match=r"set model\.precision = 'fp32' to use it, or give another --out$"):
+        evaluate(EvalConfig.model_validate(values))
 
 
 def test_a_configuration_put_into_the_run_folder_by_hand_is_decided_at_the_start(

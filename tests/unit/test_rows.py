@@ -1,20 +1,25 @@
 """Rows of groups against a naive construction; the plan of a global batch; the sampler."""
 
+import itertools
+import math
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from megafuse.config.train import ParallelConfig
 from megafuse.data.dataset import GroupDataset
 from megafuse.data.parts import groups_of
-from megafuse.data.rows import BatchPlan, RowPlanner, RowShape, block_sizes, build_row
+from megafuse.data.rows import BatchPlan, RowPlanner, RowShape, block_sizes, build_row, row_shape
 from megafuse.data.sampler import BatchSampler
 from megafuse.errors import ConfigError, DataError
 from megafuse.model.arch import ModelArch
 from megafuse.model.attention import visible
+from megafuse.model.flex import TILE
 from megafuse.testing.tiny import write_tiny_dataset
 
 ARCH = ModelArch(
@@ -145,6 +150,25 @@ def test_rows_get_the_lengths_that_the_layout_asks_for(data: GroupDataset) -> No
         found = [sorted(part.group for row in rank for part in row) for rank in turns.rows]
         assert sorted(g for rank in found for g in rank) == batch.tolist()
         assert found == [sorted(part.group for row in rank for part in row) for rank in own.rows]
+
+
+@pytest.mark.parametrize(("tensor", "context"), [(1, 1), (3, 1), (4, 1), (1, 2), (2, 2), (4, 3)])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_flex_gets_whole_tiles_on_every_rank(data: GroupDataset, tensor: int, context: int, sequence: bool) -> None:
+    parallel = ParallelConfig(tensor=tensor, context=context, sequence=sequence and tensor > 1)
+    policy: Any = SimpleNamespace(tp_comm_overlap=False)
+    flex, sdpa = (row_shape(parallel, 2, SimpleNamespace(attention=name, policy=policy)) for name in ("flex", "sdpa"))
+    assert flex.tile == TILE and sdpa.tile == 1
+    plan = RowPlanner(data, ARCH, max_row_tokens=4 * flex.multiple, prefix_sharing=True, shape=flex).plan(np.arange(9))
+    for length in itertools.chain(*plan.lengths):
+        # what a context-parallel rank's queries are, and, with sequence parallelism, what a tensor-parallel rank holds
+        assert length % (context * TILE) == 0 and length % (context * (tensor if parallel.sequence else 1)) == 0
+    assert flex.multiple == math.lcm(TILE, tensor if parallel.sequence else 1) * context  # and no more padding
+    with pytest.raises(
+        ConfigError, match=rf"100 is less than one place of 128 tokens, .* raise it to {flex.multiple}"
+    ) as told:
+        RowPlanner(data, ARCH, max_row_tokens=100, prefix_sharing=True, shape=flex)
+    assert ("parallel.context" in str(told.value)) == (flex.multiple > TILE)  # what would not help is not advised
 
 
 def test_a_group_longer_than_a_row_gets_a_longer_row_up_to_the_stated_limit(data: GroupDataset) -> None:
