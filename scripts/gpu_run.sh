@@ -11,8 +11,8 @@
 # MiB. Every piece has a limit of its own, and its files are written as it goes, so that a piece that is cut leaves what
 # it had. The limits of a command, and those of what is done before it on a machine that has nothing installed, add up
 # to less than 600 s. PYTHON (python3) is the machine's Python, with torch; DATA the lengths that are trained on (the one
-# .jsonl in .gpu/). Exit status: 0 where every piece has 0, else the largest of them. Where there is no CUDA device, `correct` says
-# so at once, with 2; the others are a rehearsal: everything is installed, and every piece ends with 2.
+# .jsonl in .gpu/). Exit status: 0 where every piece has 0, else the largest of them. Where there is no CUDA device,
+# `correct` says so at once, with 2; the others are a rehearsal: everything is installed, and every piece ends with 2.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" >&2; exit 2; }

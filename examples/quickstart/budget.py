@@ -1,13 +1,12 @@
 """How much the quick start trains on: one step is measured on this machine, and the prompts follow from the time."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megafuse.doctor.hardware import memory_bytes, usable_cores
-from megafuse.observe.manifest import write_json_atomic
+from megafuse.observe.manifest import read_json, write_json_atomic
 
 # Tokens a pass, where the time allows: more of them would not show more. Prompts above that are left out, and said so.
 BUDGET = {"sft": 14_000, "pair": 36_000, "rank": 30_000}
@@ -84,7 +83,7 @@ def saved(path: Path) -> tuple[Speed, Plan] | None:
     """What `save` has kept."""
     if not path.is_file():
         return None
-    found = json.loads(path.read_text())
+    found = read_json(path)
     return Speed(**found["speed"]), Plan(**found["plan"])
 
 

@@ -26,7 +26,7 @@ from megafuse.data.reader import RecordReader, file_digest, raw_lines
 from megafuse.doctor.hardware import usable_cores
 from megafuse.errors import ConfigError, DataError, MegafuseError
 from megafuse.observe.curves import plot_run
-from megafuse.observe.manifest import utc_now, versions, write_json_atomic
+from megafuse.observe.manifest import read_json, utc_now, versions, write_json_atomic
 from megafuse.observe.metrics import read_metrics
 from megafuse.observe.table import StageRow, stage_table
 
@@ -123,7 +123,7 @@ def pipeline(args: argparse.Namespace) -> Path:
     stage("convert: Megatron checkpoint -> Hugging Face folder")
     if not (run / "hf").exists():
         megafuse("convert", "export", po, run / "hf")
-    return report(args, run, rows, field, alpha)
+    return report(args, run, rows, origin)
 
 
 def stage(title: str) -> None:
@@ -197,7 +197,7 @@ def refuse_another(run: Path, origin: dict[str, Any]) -> None:
     kept = run / "budget.json"
     if not kept.is_file():
         return
-    began = json.loads(kept.read_text()).get("origin", {})
+    began = read_json(kept).get("origin", {})
     if changed := [f"  {key}: {began.get(key)!r}, now {now!r}" for key, now in origin.items() if began.get(key) != now]:
         told = [f"{run} is the quick start of something else:", *changed, "give another --run, or delete that folder"]
         raise ConfigError("\n".join(told))
@@ -210,7 +210,7 @@ def fit(args: argparse.Namespace, run: Path, model: Path, data: dict[str, Path],
         SAY.print(f"the prompts of the first start are kept: {kept} (another --run chooses anew)")
         return found[1]
     stage("measure: two FusePO steps of this model, on this machine")
-    manifests = {kind: json.loads((path / "manifest.json").read_text()) for kind, path in data.items()}
+    manifests = {kind: read_json(path / "manifest.json") for kind, path in data.items()}
     sizes = {kind: {name: found[name] for name in ("groups", "tokens")} for kind, found in manifests.items()}
     began, report = time.monotonic(), run / "measure.json"
     sources, prompts = alike(data["pair"], args.batch)
@@ -219,7 +219,7 @@ def fit(args: argparse.Namespace, run: Path, model: Path, data: dict[str, Path],
         "--loss", "dpo", "--sources", sources, "--prefix_sharing", "shared", "--steps", 1, "--warmup", 1,
         "--global_batch_size", prompts, "--observe.no-breakdown", "--seed", args.seed,
     )  # fmt: skip
-    speed = budget.read_speed(json.loads(report.read_text()), time.monotonic() - began)
+    speed = budget.read_speed(read_json(report), time.monotonic() - began)
     left = 60 * args.minutes - (time.monotonic() - args.start)
     plan = budget.scaled(sizes, speed, args.budget) if args.budget else budget.plan(sizes, speed, left)
     SAY.print(
@@ -261,7 +261,7 @@ def build(
     ]  # fmt: skip
     if kind != "rank":
         flags += ["--alpha", origin["alpha"]]
-    manifest = json.loads((out / "manifest.json").read_text()) if (out / "manifest.json").is_file() else None
+    manifest = read_json(out / "manifest.json") if (out / "manifest.json").is_file() else None
     if manifest and made_from(manifest, origin):
         if prompts is None or manifest["groups"] <= prompts:
             return out
@@ -302,7 +302,7 @@ def evaluate(
     stage(f"eval: {title}")
     out = run / "eval" / title.replace(" ", "-").lower()
     parallel(args, "eval", "--out", out, *model_flags(model, data))
-    found = json.loads((out / "accuracy.json").read_text())
+    found = read_json(out / "accuracy.json")
     speed = statistics.median(r["tokens_per_second"] for r in read_metrics(trained)) if trained else None
     return StageRow(
         title,
@@ -315,9 +315,9 @@ def evaluate(
     )
 
 
-def report(args: argparse.Namespace, run: Path, rows: list[StageRow], field: str, alpha: float) -> Path:
+def report(args: argparse.Namespace, run: Path, rows: list[StageRow], origin: dict[str, Any]) -> Path:
     """Table, curves and summary in the run folder; the table on screen too."""
-    held_out = json.loads((run / "data" / "rank" / "manifest.json").read_text())["groups"]
+    held_out = read_json(run / "data" / "rank" / "manifest.json")["groups"]
     title = f"Rank accuracy on {held_out} held-out prompts ({args.data.name}, seed {args.seed})"
     table, markdown = stage_table(rows, title)
     Console().print(table)
@@ -325,9 +325,9 @@ def report(args: argparse.Namespace, run: Path, rows: list[StageRow], field: str
         SAY.print(f"[yellow]{held_out} held-out prompts are too few to compare stages: give more data or --minutes")
     plot_run([("FuseSFT", run / "fusesft"), ("FusePO", run / "fusepo")], run / "curves.png", "Quick start")
     (run / "summary.md").write_text(markdown + "\n")
-    facts = {"data": str(args.data), "seed": args.seed, "reward_field": field, "alpha": alpha, "created": utc_now()}
+    facts = {**origin, "data": str(args.data), "created": utc_now()}
     facts |= {"processes": args.processes, "minutes_given": args.minutes}
-    facts["budget"] = json.loads((run / "budget.json").read_text())
+    facts["budget"] = read_json(run / "budget.json")
     write_json_atomic(run / "summary.json", {**facts, "stages": [vars(r) for r in rows], "versions": versions()})
     return run / "summary.md"
 

@@ -47,8 +47,7 @@ class CacheWriter:
             "responses": int(offsets[-1]), "part_groups": part_groups, "parts": -(-groups // part_groups),
             "complete": False, "versions": versions(),
         }  # fmt: skip
-        if (folder / "manifest.json").is_file():
-            found = read_manifest_of(folder, FORMAT)
+        if found := _manifest(folder):
             require_match(digest, found["digest"], folder)
             self.manifest = found
         else:
@@ -81,14 +80,14 @@ def part_name(index: int, parts: int) -> str:
 
 def is_complete(folder: Path) -> bool:
     """Whether `folder` holds a finished cache."""
-    return (folder / "manifest.json").is_file() and bool(read_manifest_of(folder, FORMAT)["complete"])
+    found = _manifest(folder)
+    return found is not None and bool(found["complete"])
 
 
 def began_precision(folder: Path) -> str | None:
     """The precision of the cache, finished or not, in `folder`; None where there is no readable one."""
-    if not (folder / "manifest.json").is_file():
-        return None
-    return settings_precision(read_manifest_of(folder, FORMAT)["digest"].get("settings", ""))
+    found = _manifest(folder)
+    return None if found is None else settings_precision(found["digest"].get("settings", ""))
 
 
 def require_key(folder: Path, expected: dict[str, str], *, advice: str) -> None:
@@ -97,8 +96,13 @@ def require_key(folder: Path, expected: dict[str, str], *, advice: str) -> None:
     Raises:
         IntegrityError: naming the part that differs, and `advice`.
     """
-    if (folder / "manifest.json").is_file():
-        require_match(expected, read_manifest_of(folder, FORMAT)["digest"], folder, advice=advice)
+    if found := _manifest(folder):
+        require_match(expected, found["digest"], folder, advice=advice)
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of the cache, finished or not, in `folder`, if there is one."""
+    return read_manifest_of(folder, FORMAT) if (folder / "manifest.json").is_file() else None
 
 
 def read_cache(folder: Path, expected: dict[str, str], offsets: np.ndarray, lengths: np.ndarray) -> ReferenceLogps:

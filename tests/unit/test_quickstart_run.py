@@ -118,11 +118,11 @@ def test_what_is_measured_costs_what_a_step_does(tmp_path: Path) -> None:
     assert run.alike(fixed, 8) == (3, 5)
 
 
-def scored(path: Path, prompts: int, **changes: Any) -> Path:
+def scored(path: Path, prompts: int) -> Path:
     lines = []
     for i in range(prompts):
         answers = [{"source": name, "text": f"{name} {j}", "reward": i + j} for name in "ab" for j in range(2)]
-        lines.append(json.dumps({"prompt_id": f"p{i}", "prompt": "?", "responses": answers, **changes}))
+        lines.append(json.dumps({"prompt_id": f"p{i}", "prompt": "?", "responses": answers}))
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
     return path
