@@ -22,7 +22,8 @@ STARTED = "launch.json"
 """In a point's folder: the last start, its job and what became of it."""
 _RANK_FIELDS = (
     "seed", "domains", "reward_field", "on_bad_record", "on_bad_response", "on_unfinished", "max_length",
-    "max_prompt_length", "on_long_response", "chat_template", "end_of_turn", "vocab_size",
+    "max_prompt_length", "on_long_response", "chat_template", "thinking", "system_messages",
+    "end_of_turn", "vocab_size",
 )  # fmt: skip
 """Fields of `build` that decide which prompts are held out and how they are tokenised, whatever is trained on."""
 

@@ -85,8 +85,7 @@ class TokenizerRule:
 
     def answers(self, texts: Sequence[str]) -> list[int]:
         """The text's tokens and those of the end of turn."""
-        end = len(self._tokenizer.end_of_turn)
-        return [len(ids) + end for ids in self._tokenizer.answers(texts)]
+        return [len(answer.whole) for answer in self._tokenizer.answers(texts)]
 
 
 def source_name(response: Response) -> str:

@@ -102,6 +102,12 @@ class BuildConfig(Config):
     """Jinja file that replaces the chat template of the folder."""
     template_kwargs: dict[str, bool | int | float | str] = {}  # noqa: RUF012 - pydantic copies defaults
     """Variables of the chat template, for example enable_thinking = false."""
+    thinking: Literal["template", "in_answers"] = "template"
+    """Who writes the think block of a target that thinks. template: the chat template, or nobody. in_answers: answers
+    hold it (`</think>` must be there) and go behind the prompt as they are; one without is left out."""
+    system_messages: Literal["template", "first_user_turn"] = "template"
+    """first_user_turn: a system message becomes the beginning of the first user message, a blank line between, for
+    templates that know no system role (Gemma 2)."""
     end_of_turn: str | None = None
     """Text that ends an answer. None: what the chat template writes, up to its first control token."""
     vocab_size: int | None = Field(None, ge=1)

@@ -34,6 +34,9 @@ class SampleConfig(Config):
     """None: the registry's. 1: none."""
     max_tokens: int = Field(2048, ge=1)
     """New tokens of a response; one that reaches it is kept with finish_reason "length"."""
+    system_messages: Literal["template", "first_user_turn"] = "template"
+    """first_user_turn: a system message becomes the beginning of the first user message, a blank line between, for
+    models whose template knows no system role (Gemma 2)."""
     seed: int = 0
     """With source, prompt_id and number of the response it makes the seed of each response."""
     domains: tuple[str, ...] = ()

@@ -28,6 +28,9 @@ class ScoreConfig(Config):
     compare: bool = False
     """Responses have `correct` already: write where the verifier disagrees to OUTPUT.disagreements.jsonl."""
 
+    system_messages: Literal["template", "first_user_turn"] = "template"
+    """armorm, classifier. first_user_turn: a system message becomes the beginning of the first user message, a blank
+    line between, for models whose template knows no system role (Gemma 2)."""
     batch_tokens: int = Field(16384, ge=1)
     """Padded tokens of a batch of the reward model."""
     max_length: int = Field(4096, ge=2)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from megafuse.config.base import decisive_settings
 from megafuse.config.build import BuildConfig
 from megafuse.data.groups import GroupBuilder, Rejected
 from megafuse.data.reader import RecordReader, file_digest
@@ -41,6 +42,7 @@ from megafuse.errors import DataError
 
 _PROMPTS_A_BATCH = 256
 _PATHS = ("inputs", "output", "tokenizer", "chat_template", "overwrite", "beside")  # told apart by content, not by name
+_LATER = ("domain_rules", "thinking", "system_messages")
 
 Progress = Callable[[int, int], None]
 
@@ -71,6 +73,8 @@ def build(config: BuildConfig, progress: Progress | None = None) -> BuildResult:
         template_kwargs=config.template_kwargs,
         end_of_turn=config.end_of_turn,
         vocab_size=config.vocab_size,
+        thinking_in_answers=config.thinking == "in_answers",
+        fold_system=config.system_messages == "first_user_turn",
     )
     stamps = {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in config.inputs if path.exists()}
     identity = _identity(config, tokenizer)
@@ -121,9 +125,7 @@ def build(config: BuildConfig, progress: Progress | None = None) -> BuildResult:
 
 def _identity(config: BuildConfig, tokenizer: ChatTokenizer) -> dict[str, Any]:
     """What determines the result: bytes of the inputs, settings with their defaults resolved, tokenizer, template."""
-    settings = {k: v for k, v in config.model_dump(mode="json").items() if k not in _PATHS}
-    if not config.domain_rules:  # a setting that came later: data sets from before it stay what they are
-        del settings["domain_rules"]
+    settings = decisive_settings(config, leave_out=_PATHS, later=_LATER)
     settings |= {"part": config.resolved_part, "alpha": config.resolved_alpha, "k": config.resolved_k}
     return {
         "inputs": [{"name": path.name, "sha256": file_digest(path)} for path in config.inputs],

@@ -13,7 +13,7 @@ from megafuse.data.pairs import GroupTerms, pair_terms, rewards_of, rloo_terms, 
 from megafuse.data.records import Response, ScoredPrompt
 from megafuse.data.store import Row
 from megafuse.data.tally import Tally
-from megafuse.data.tokenise import ChatTokenizer
+from megafuse.data.tokenise import Answer, ChatTokenizer
 from megafuse.errors import DataError
 
 
@@ -103,12 +103,12 @@ class GroupBuilder:
         answers = iter(self.tokenizer.answers([a.text for r in records for a in r.responses]))
         rows: list[Row | Rejected] = []
         for record, prompt in zip(records, prompts):
-            bodies = [next(answers) for _ in record.responses]
+            own = [next(answers) for _ in record.responses]
             if isinstance(prompt, DataError):
                 rows.append(Rejected(record, str(prompt)))
                 self.tally.prompt(record, "prompts_dropped.template_refused")
                 continue
-            row = self._row(record, prompt, bodies)
+            row = self._row(record, prompt, own)
             if isinstance(row, Row):
                 rows.append(row)
                 self.tally.prompt(record, "prompts_kept")
@@ -140,7 +140,7 @@ class GroupBuilder:
             self.tally.response(record, source, f"responses_dropped.{reason}")
         return tuple(kept)
 
-    def _row(self, record: ScoredPrompt, prompt: np.ndarray, bodies: list[np.ndarray]) -> Row | str:
+    def _row(self, record: ScoredPrompt, prompt: np.ndarray, answers: list[Answer]) -> Row | str:
         """The row of one record, or the reason why it has none."""
         config = self.config
         if len(prompt) > (config.max_prompt_length or config.max_length - 1):
@@ -148,7 +148,7 @@ class GroupBuilder:
         if self.tokenizer.has_control_text("".join(m["content"] for m in record.messages)):
             self.tally.prompt(record, "prompts_with_control_tokens_in_their_text")
         room = config.max_length - len(prompt)
-        finished = [self._finish(record, r, body, room) for body, r in zip(bodies, record.responses)]
+        finished = [self._finish(record, r, answer, room) for answer, r in zip(answers, record.responses)]
         kept = [i for i, ids in enumerate(finished) if ids is not None]
         if not kept:
             return "no_response"
@@ -196,17 +196,19 @@ class GroupBuilder:
             for reason, number in terms.dropped.items():
                 self.tally.prompt(record, f"terms_dropped.{reason}", number)
 
-    def _finish(self, record: ScoredPrompt, response: Response, body: np.ndarray, room: int) -> np.ndarray | None:
+    def _finish(self, record: ScoredPrompt, response: Response, answer: Answer, room: int) -> np.ndarray | None:
         """The tokens of an answer with its end of turn, within `room` tokens; None where it is left out."""
 
         def count(name: str) -> None:
             self.tally.response(record, response.source, name)
 
-        if not len(body):  # white space that the template trims, or that the tokenizer does not know
-            count("responses_dropped.no_token")
+        if answer.dropped:
+            count(f"responses_dropped.{answer.dropped}")
             return None
+        for note in answer.notes:
+            count(f"responses_with_{note}")
         unfinished = response.finish_reason == "length"
-        whole = body if unfinished else np.concatenate([body, self.tokenizer.end_of_turn])
+        whole = answer.body if unfinished else answer.whole
         if len(whole) <= room:
             if unfinished:
                 count("responses_without_end_of_turn")
@@ -216,4 +218,4 @@ class GroupBuilder:
             return None
         count("responses_truncated")
         count("responses_without_end_of_turn")
-        return body[:room]
+        return answer.body[:room]

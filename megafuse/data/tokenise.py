@@ -1,20 +1,24 @@
-"""Text to token ids: prompts once through the chat template, answers as their text plus the end-of-turn tokens.
+"""Text to token ids: prompts once through the chat template, answers as they stand behind a prompt.
 
 The prompt is rendered to text and tokenised without special tokens being added: BOS comes from the template or not at
 all, as in vLLM's chat endpoint. An answer is tokenised apart from its prompt, because generation starts at that same
-boundary; control tokens written out in an answer's text (`<s>` in HTML, a stray `<|im_end|>`) are ordinary text.
+boundary, but as a piece of the conversation (`data.border`); control tokens written out in an answer's text (`<s>` in
+HTML, a stray `<|im_end|>`) are ordinary text.
 """
 
 import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megafuse.data.chat import TEMPLATE_ADVICE, ChatTemplate, Messages, load_tokenizer
+from megafuse.data.border import Border
+from megafuse.data.chat import ANSWER, TEMPLATE_ADVICE, ChatTemplate, load_tokenizer
+from megafuse.data.render import Messages
 from megafuse.errors import ConfigError, DataError
 
 _VOCABULARY_FILES = (
@@ -29,6 +33,19 @@ _VOCABULARY_FILES = (
 )
 
 
+@dataclass(frozen=True)
+class Answer:
+    """An answer in ids, without and with the end of turn; or why it has none."""
+
+    body: np.ndarray  # [T] int32
+    whole: np.ndarray  # [T + E] int32; [0] where the answer has no tokens
+    dropped: str = ""  # the reason: template_refuses_it, no_thinking, no_token
+    notes: tuple[str, ...] = ()  # what to count: control_tokens_in_their_text, unknown_tokens, text_left_out
+
+
+_NONE = np.zeros(0, np.int32)
+
+
 class ChatTokenizer:
     """Turns conversations and answers into token ids for one model folder.
 
@@ -37,6 +54,7 @@ class ChatTokenizer:
         chat_template: a Jinja file that replaces the folder's template.
         template_kwargs: variables for the template.
         end_of_turn: text of the end of the assistant's turn, instead of what the template writes.
+        thinking_in_answers, fold_system: see `ChatTemplate`.
         vocab_size: entries of the model's embedding; default: `vocab_size` of the folder's config.json.
 
     Raises:
@@ -51,17 +69,30 @@ class ChatTokenizer:
         template_kwargs: Mapping[str, Any] | None = None,
         end_of_turn: str | None = None,
         vocab_size: int | None = None,
+        thinking_in_answers: bool = False,
+        fold_system: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self._tokenizer = load_tokenizer(self.folder, chat_template)
-        self.template = ChatTemplate(self._tokenizer, template_kwargs)
+        self.template = ChatTemplate(
+            self._tokenizer, template_kwargs, thinking_in_answers=thinking_in_answers, fold_system=fold_system
+        )
+        self._missing = "no_thinking" if thinking_in_answers else "template_refuses_it"
         self.vocab_size = vocab_size if vocab_size is not None else _model_vocab_size(self.folder)
         added = self._tokenizer.added_tokens_decoder
         self._control = {i: t.content for i, t in added.items() if t.special}
         written_out = "|".join(map(re.escape, self._control.values()))
         self._control_text = re.compile(written_out) if written_out else None
-        self.end_of_turn = self._end_of_turn(end_of_turn)
-        self._lead = self._boundary()
+        eos = self._tokenizer.eos_token
+        end = {} if eos is None else {self._tokenizer.eos_token_id: eos}  # the last one: what a message names
+        self._border = Border(
+            self._encode,
+            self.template.turn,
+            {**{i: text for i, text in self._control.items() if text != eos}, **end},
+            self._control_text,
+            end_of_turn=end_of_turn,
+        )
+        self.end_of_turn = self._checked(self._border.ending, "the end of turn")
 
     @property
     def digest(self) -> str:
@@ -76,8 +107,12 @@ class ChatTokenizer:
 
     @property
     def template_digest(self) -> str:
-        """SHA-256 over the template, its variables and the end-of-turn ids."""
-        return hashlib.sha256(f"{self.template.digest}:{self.end_of_turn.tolist()}".encode()).hexdigest()
+        """SHA-256 over the template, its variables, the end-of-turn ids, and the ids of an answer's beginning where
+        versions before `data.border` began it otherwise: data sets from before are told apart where they differ."""
+        plain = self.template.turn.lead + ANSWER
+        ((now, _),) = self._border([plain])
+        changed = "" if now in self._encode([ANSWER, plain], control=False) else f":{now}"
+        return hashlib.sha256(f"{self.template.digest}:{self.end_of_turn.tolist()}{changed}".encode()).hexdigest()
 
     def _encode(self, texts: Sequence[str], *, control: bool) -> list[list[int]]:
         """Ids of each text; `control`: whether control tokens written out in it become control tokens."""
@@ -92,38 +127,6 @@ class ChatTokenizer:
             verbose=False,
         )
         return list(encoded["input_ids"])
-
-    def _end_of_turn(self, override: str | None) -> np.ndarray:
-        """The ids that end an answer. [E] int32, E >= 1.
-
-        Of what the template writes after an answer, everything up to its first control token: that is where
-        generation stops, so that the newline ChatML puts after `<|im_end|>` is never predicted.
-        """
-        text = override if override is not None else self.template.turn.suffix
-        ids = self._encode([text], control=True)[0] if text else []
-        if not ids:
-            raise ConfigError(
-                "the chat template writes nothing after an answer, so a model could not learn to stop: set "
-                f'end_of_turn, for example end_of_turn = "{self._tokenizer.eos_token or "</s>"}"'
-            )
-        if override is None:
-            stops = {*self._control, self._tokenizer.eos_token_id}
-            first = next((n for n, token in enumerate(ids) if token in stops), len(ids) - 1)
-            ids = ids[: first + 1]
-        return self._checked(ids, "the end of turn")
-
-    def _boundary(self) -> str:
-        """What to put before an answer so that it gets the tokens that it has after a prompt.
-
-        Most templates put nothing there. Where one writes a blank (Mistral), tokenizers that mark words by a leading
-        blank need it, those of the SentencePiece kind add it themselves.
-        """
-        lead = self.template.turn.lead
-        if not lead:
-            return ""
-        prompt = self.template.prompt([{"role": "user", "content": "What is 6 * 7?"}])
-        before, whole, bare = self._encode([prompt, f"{prompt}{lead}Because so.", "Because so."], control=True)
-        return "" if whole == before + bare else lead
 
     def _checked(self, ids: Sequence[int], what: str) -> np.ndarray:
         array = np.asarray(ids, dtype=np.int64)
@@ -158,15 +161,28 @@ class ChatTokenizer:
             )
         return self._checked(ids, "a prompt")
 
-    def answers(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each answer's text WITHOUT the end of turn. [R] int32 each.
+    def answers(self, texts: Sequence[str]) -> list[Answer]:
+        """Ids of each answer as it stands between a prompt and the end of turn. [R].
 
         Raises:
             ConfigError: a token id is outside the model's vocabulary.
         """
-        trim = self.template.turn.trim
-        encoded = self._encode([self._lead + trim(text) for text in texts], control=False)
-        return [self._checked(ids, "an answer") for ids in encoded]
+        written = [self.template.answer(text) for text in texts]
+        found = iter(self._border([text for text in written if text]))
+        return [self._answer(text, own, *(next(found) if own else ((), ()))) for text, own in zip(texts, written)]
+
+    def _answer(self, text: str, written: str | None, body: Sequence[int], whole: Sequence[int]) -> Answer:
+        """written: what the template makes of `text`; body, whole: its ids without and with the end of turn."""
+        if not body:  # white space that the template trims, or that the tokenizer does not know
+            return Answer(_NONE, _NONE, self._missing if written is None else "no_token")
+        assert written is not None
+        facts = {
+            "control_tokens_in_their_text": self.has_control_text(text),
+            "unknown_tokens": self._tokenizer.unk_token_id in body,
+            "text_left_out": not self.template.thinking_in_answers and text.strip() not in written,
+        }
+        notes = tuple(name for name, holds in facts.items() if holds)
+        return Answer(self._checked(body, "an answer"), self._checked(whole, "an answer"), notes=notes)
 
     def has_control_text(self, text: str) -> bool:
         """Whether a control token of this tokenizer is written out in the text."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megafuse.data.chat import load_tokenizer
 from megafuse.data.chunks import Record
+from megafuse.data.render import folded, render
 from megafuse.errors import ConfigError, DataError
 from megafuse.rewards.armorm import ArmoRM
 from megafuse.rewards.batches import by_length, padded, unused_id
@@ -63,15 +64,25 @@ class RewardModel:
         max_length: tokens of a conversation; a longer one has no score (`verdict` too_long), it is never cut.
         dtype: of the weights.
         device: where it runs.
+        fold_system: a system message becomes the beginning of the first user message.
 
     Raises:
         ConfigError: the tokenizer has more tokens than the model has embeddings, and what the models raise.
     """
 
     def __init__(
-        self, kind: str, folder: Path, *, batch_tokens: int, max_length: int, dtype: torch.dtype, device: torch.device
+        self,
+        kind: str,
+        folder: Path,
+        *,
+        batch_tokens: int,
+        max_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        fold_system: bool = False,
     ) -> None:
         self.folder, self.batch_tokens, self.max_length, self.device = folder, batch_tokens, max_length, device
+        self.fold_system = fold_system
         self.tokenizer: Any = load_tokenizer(folder)
         self.model: ArmoRM | Classifier
         if kind == "armorm":
@@ -88,7 +99,12 @@ class RewardModel:
         """The conversation that ends with response `index`, as token ids; BOS comes from the template alone."""
         messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
         answer = {"role": "assistant", "content": record["responses"][index]["text"]}
-        text = self.tokenizer.apply_chat_template([*messages, answer], tokenize=False)
+        if self.fold_system:
+            messages = folded(messages)
+        try:
+            text = render(self.tokenizer, [*messages, answer], generate=False)
+        except DataError as e:
+            raise DataError(f"prompt {record['prompt_id']!r}: {e}") from None
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 

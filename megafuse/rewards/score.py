@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megafuse.config.base import decisive_settings
 from megafuse.config.score import ScoreConfig
 from megafuse.data.chunks import ChunkedStage, Record, input_digests, recorded_setting
 from megafuse.errors import ConfigError
@@ -106,7 +107,7 @@ def _device(name: str) -> "torch.device":
 
 def _identity(config: ScoreConfig) -> dict[str, Any]:
     paths = [*config.inputs, *([config.prompts] if config.prompts else [])]
-    settings = {k: v for k, v in config.model_dump(mode="json").items() if k not in _FREE}
+    settings = decisive_settings(config, leave_out=_FREE, later=("system_messages",))
     return {
         "inputs": input_digests(paths),
         "settings": settings,
@@ -165,6 +166,7 @@ def _reward_model(config: ScoreConfig) -> Scorer:
         max_length=config.max_length,
         dtype=getattr(torch, dtype),
         device=device,
+        fold_system=config.system_messages == "first_user_turn",
     )
 
 

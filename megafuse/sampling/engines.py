@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megafuse.data.chat import load_tokenizer
+from megafuse.data.render import render
 from megafuse.errors import ConfigError, DataError
 from megafuse.sampling.client import ChatClient, ServerError
 from megafuse.sampling.registry import SamplingParameters
@@ -50,12 +51,10 @@ def prompt_tokens(tokenizer: Any, prompt_id: str, messages: Messages, room: int)
         ConfigError: it starts with two BOS tokens.
         DataError: the template refuses it, or it leaves no room for a response; with its prompt_id.
     """
-    from jinja2 import TemplateError
-
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError) as e:
-        raise DataError(f"prompt {prompt_id!r}: the source's chat template refuses it: {e}") from None
+        text = render(tokenizer, messages, generate=True)
+    except DataError as e:
+        raise DataError(f"prompt {prompt_id!r}: {e}") from None
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:

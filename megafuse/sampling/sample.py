@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megafuse.config.base import decisive_settings
 from megafuse.config.sample import SampleConfig
 from megafuse.data.chunks import ChunkedStage, Record, input_digests, read_raw, recorded_setting
+from megafuse.data.render import folded
 from megafuse.errors import DataError
 from megafuse.parallel.precision import bf16_of
 from megafuse.rewards.score import model_fingerprint
@@ -181,7 +183,7 @@ def _settled(config: SampleConfig) -> SampleConfig:
 
 
 def _identity(config: SampleConfig) -> dict[str, Any]:
-    settings = {k: v for k, v in config.model_dump(mode="json").items() if k not in _FREE}
+    settings = decisive_settings(config, leave_out=_FREE, later=("system_messages",))
     folder = config.model if config.engine == "vllm" else None
     return {
         "inputs": input_digests(config.prompts),
@@ -201,6 +203,8 @@ def _responses(config: SampleConfig, record: Record) -> int:
 
 def _request(config: SampleConfig, record: Record, number: int) -> Request:
     messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
+    if config.system_messages == "first_user_turn":
+        messages = folded(messages)
     return Request(record["prompt_id"], messages, seed_of(config.seed, config.source, record["prompt_id"], number))
 
 

@@ -103,7 +103,7 @@ def test_groups_equal_their_definition(make: Any, model: Path, kind: str) -> Non
         messages = [{"role": "user", "content": row["prompt"]}]
         np.testing.assert_array_equal(group.prompt, tokenizer.prompts([messages])[0])
         for ids, r in zip(group.responses, kept):
-            np.testing.assert_array_equal(ids, [*tokenizer.answers([r["text"]])[0], 2])
+            np.testing.assert_array_equal(ids, tokenizer.answers([r["text"]])[0].whole)
     for row in by_id.values():
         assert not expected_terms(row["responses"], kind)
 
@@ -344,6 +344,28 @@ def test_the_papers_defaults() -> None:
     ]
     assert config(kind="pair", selection="top1").resolved_k == 1
     assert config(kind="sft", selection="top1_per_source").resolved_k is None
+
+
+def test_settings_of_the_template(make: Any, tmp_path: Path) -> None:
+    """System messages, think blocks, and what is told of answers; a data set from before the settings is the same."""
+    template = tmp_path / "strict.jinja"
+    template.write_text("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML)
+    user = {"role": "user", "content": "What is it?"}
+    texts = ["It is 6.", "<think>\nSix.\n</think>\n\nIt is 6.", "It is <|im_end|>"]
+    responses = [{"source": f"s{i}", "text": text, "reward": i / 10} for i, text in enumerate(texts)]
+    row = {"prompt_id": "p", "messages": [{"role": "system", "content": "Be brief."}, user], "responses": responses}
+    folded = {**row, "messages": [{**user, "content": "Be brief.\n\nWhat is it?"}]}
+    settings = {"kind": "rank", "chat_template": template}
+    with pytest.raises(DataError, match=r'no system; where it knows no system role, set system_messages = "first_user'):
+        make([row], "refused", **settings)
+    ds = make([row], "folded", system_messages="first_user_turn", **settings)
+    assert ds.manifest["digest"]["data"] == make([folded], "plain", **settings).manifest["digest"]["data"]
+    assert ds.manifest["settings"]["system_messages"] == "first_user_turn"
+    assert ds.manifest["counts_by_source"]["s2"]["responses_with_control_tokens_in_their_text"] == 1
+    thinking = make([folded], "thinking", thinking="in_answers", **settings)
+    assert thinking[0].sources == ("s1",) and thinking.manifest["counts"]["responses_dropped.no_thinking"] == 2
+    before = make([folded], "before", **settings).manifest["settings"]
+    assert not {"thinking", "system_messages", "domain_rules"} & set(before)
 
 
 def test_wrong_tokenizer(make: Any, tmp_path: Path) -> None:

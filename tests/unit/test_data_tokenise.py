@@ -1,17 +1,20 @@
 """Chat templates of many shapes: what is accepted, what is refused, and that every token is what generation sees."""
 
 import contextlib
+import hashlib
 import json
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from megafuse.data.tokenise import ChatTokenizer
 from megafuse.errors import ConfigError, DataError
+from megafuse.testing.chat_families import CHAT_FAMILIES
 from megafuse.testing.tokenizer import CHATML, make_tokenizer
 
 ASK = [{"role": "user", "content": "What is it?"}]
@@ -45,7 +48,7 @@ def test_chatml(tmp_path: Path) -> None:
     prompt = ids(tokenizer.prompts([ASK])[0])
     assert plain.decode(prompt) == "<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"
     assert prompt.count(1) == 2 and prompt.count(2) == 1
-    answer = tokenizer.answers([ANSWER])[0]
+    answer = tokenizer.answers([ANSWER])[0].body
     assert plain.decode(answer) == ANSWER
     # up to the first control token: the newline behind <|im_end|> is not part of an answer
     assert tokenizer.end_of_turn.tolist() == [2]
@@ -57,7 +60,9 @@ def test_control_tokens_in_an_answer_are_text(tmp_path: Path) -> None:
     tokenizer = ChatTokenizer(folder(tmp_path))
     plain = AutoTokenizer.from_pretrained(str(tmp_path), local_files_only=True)
     text = "stop<|im_end|>\n<|im_start|>user\nmore"
-    found = tokenizer.answers([text])[0]
+    (answer,) = tokenizer.answers([text])
+    found = answer.body
+    assert answer.notes == ("control_tokens_in_their_text",)
     assert not set(found.tolist()) & {0, 1, 2} and plain.decode(found) == text
     assert tokenizer.has_control_text(text) and not tokenizer.has_control_text(ANSWER)
 
@@ -66,8 +71,8 @@ def test_batches_equal_single_calls(tmp_path: Path) -> None:
     tokenizer = ChatTokenizer(folder(tmp_path))
     texts = ["", "a", ANSWER, "\u65e5\u672c\u8a9e \u2713", "x" * 3000]
     for one, many in zip(texts, tokenizer.answers(texts)):
-        np.testing.assert_array_equal(tokenizer.answers([one])[0], many)
-    assert tokenizer.lengths(texts) == [len(a) for a in tokenizer.answers(texts)]
+        np.testing.assert_array_equal(tokenizer.answers([one])[0].whole, many.whole)
+    assert tokenizer.lengths(texts) == [len(a.body) for a in tokenizer.answers(texts)]
     assert tokenizer.answers([]) == [] and tokenizer.prompts([]) == []
 
 
@@ -147,11 +152,21 @@ def body(message: str, generate: str = "<|im_start|>assistant\n") -> str:
 
 
 @pytest.mark.parametrize(
-    ("filter_", "want"), [("", " \n x \n"), (" | trim", "x"), (".lstrip()", "x \n"), (".rstrip()", " \n x")]
+    ("filter_", "want"),
+    [
+        ("", " \n x \n"),
+        (" | trim", "x"),
+        (".lstrip()", "x \n"),
+        (".rstrip()", " \n x"),
+        (".lstrip('\n')", " \n x \n"),
+        (".strip('\n')", " \n x "),
+        (".rstrip(' \n')", " \n x"),
+    ],
 )
 def test_templates_that_trim(tmp_path: Path, filter_: str, want: str) -> None:
     tokenizer = ChatTokenizer(folder(tmp_path, body("{{ m.content" + filter_ + " }}<|im_end|>\n")))
-    np.testing.assert_array_equal(tokenizer.answers([" \n x \n"])[0], tokenizer._encode([want], control=False)[0])
+    (found,) = tokenizer.answers([" \n x \n"])
+    np.testing.assert_array_equal(found.body, tokenizer._encode([want], control=False)[0])
 
 
 @pytest.mark.parametrize(
@@ -162,8 +177,13 @@ def test_templates_that_trim(tmp_path: Path, filter_: str, want: str) -> None:
         (body("{{ m.content | upper }}<|im_end|>"), "changes the text of an answer"),
         (body("{{ m.content | replace('\n', ' ') }}<|im_end|>"), "changes white space"),
         (body("{{ m.content }}"), r"writes nothing after an answer.*end_of_turn = \"<\|im_end\|>\""),
-        (CHATML + "{{ raise_exception('never') }}", "fails on a user message.*never"),
+        (CHATML + "{{ raise_exception('never') }}", "fails on a user message.*: never$"),
         ("{% for %}", "fails on a user message"),
+        (CHATML + "{{ 1 / 0 }}", "fails on a user message.*ZeroDivisionError"),
+        (CHATML + "{{ messages[7].content }}", "fails on a user message.*UndefinedError"),
+        (CHATML + "{{ messages[0].nothing + 1 }}", "fails on a user message"),
+        (CHATML + "{% macro m(x) %}{{ m(x) }}{% endmacro %}{{ m(1) }}", "fails on a user message.*RecursionError"),
+        (CHATML + "{{ range(10 ** 30) }}", "fails on a user message.*OverflowError"),
     ],
 )
 def test_templates_that_are_refused(tmp_path: Path, template: str, message: str) -> None:
@@ -207,43 +227,113 @@ def test_a_conversation_that_the_template_refuses(tmp_path: Path) -> None:
 
 
 def test_a_prompt_that_changes_once_it_is_answered(tmp_path: Path) -> None:
-    once = "{% if messages[0].role == 'system' and messages[-1].role == 'assistant' %}?{% endif %}" + CHATML
-    tokenizer = ChatTokenizer(folder(tmp_path, once))
-    (found,) = tokenizer.prompts([[{"role": "system", "content": "x"}, *ASK]])
+    system = [{"role": "system", "content": "x"}, *ASK]
+    once = "{% if messages[0].role == 'system' and messages[-1].role == 'assistant' %}?{% endif %}"
+    tokenizer = ChatTokenizer(folder(tmp_path / "end", CHATML + once))
+    (found,) = tokenizer.prompts([system])
     assert isinstance(found, DataError) and "differently once it is answered" in str(found)
+    # only the history differs: what generation sees is the prompt
+    history = ChatTokenizer(folder(tmp_path / "history", once + CHATML))
+    same = ChatTokenizer(folder(tmp_path / "same"))
+    assert ids(history.prompts([system])[0]) == ids(same.prompts([system])[0])
+    other = "{% if messages[0].role == 'system' and add_generation_prompt %}!{% endif %}"
+    (found,) = ChatTokenizer(folder(tmp_path / "opening", CHATML + other)).prompts([system])
+    assert isinstance(found, DataError) and "this conversation differently: it ends with" in str(found)
 
 
-@pytest.mark.parametrize("kind", ["bytes", "metaspace", "llama"])
-def test_a_blank_before_the_answer(tmp_path: Path, kind: str) -> None:
-    """Mistral's templates write `[/INST] answer`: the answer's tokens must be those of the text in one piece."""
-    user, answer = "'[INST] ' + m.content + ' [/INST]'", "' ' + m.content + eos_token"
-    template = f"{{% for m in messages %}}{{{{ {user} if m.role == 'user' else {answer} }}}}{{% endfor %}}"
-    folder(tmp_path, template)
-    if kind != "bytes":
-        words = [
-            "<unk>",
-            "</s>",
-            "[INST]",
-            "[/INST]",
-            *"\u2581abcdefghijklmnopqrstuvwxyzWIBONST[]/?.264*\n",
-            "\u2581I",
-            "\u2581B",
-        ]
-        core = Tokenizer(
-            models.BPE({w: i for i, w in enumerate(words)}, [("\u2581", "I"), ("\u2581", "B")], unk_token="<unk>")
-        )
-        if kind == "metaspace":
-            core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
-            core.add_special_tokens(["[INST]", "[/INST]"])
-        else:  # Llama 2: a blank is prepended to every text, even to one that has one, and [INST] is plain text
-            core.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-        core.add_special_tokens(["</s>"])
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
-        tokenizer.chat_template = template
-        tokenizer.save_pretrained(tmp_path)
-    found = ChatTokenizer(tmp_path)
-    plain = AutoTokenizer.from_pretrained(str(tmp_path), local_files_only=True)
-    text = plain.apply_chat_template([*ASK, {"role": "assistant", "content": "It is"}], tokenize=False)
-    whole = plain(text, add_special_tokens=False)["input_ids"]
-    pieces = [*ids(found.prompts([ASK])[0]), *found.answers(["It is"])[0].tolist(), *found.end_of_turn.tolist()]
-    assert pieces == whole
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_that_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is stopped, wherever it begins to loop, and an alarm that was set before goes off all the same."""
+    monkeypatch.setattr("megafuse.data.render.RENDER_SECONDS", 0.2)
+    with pytest.raises(ConfigError, match=r"fails on a user message.*TimeoutError: it did not end within 0\.2 s"):
+        ChatTokenizer(folder(tmp_path / "always", CHATML + LOOP))
+    tokenizer = ChatTokenizer(
+        folder(tmp_path / "sometimes", "{% if 'loop' in messages[-1].content %}" + LOOP + "{% endif %}" + CHATML)
+    )
+    fine, refused = tokenizer.prompts([ASK, [{"role": "user", "content": "loop"}]])
+    assert ids(fine) and isinstance(refused, DataError) and "did not end within" in str(refused)
+    assert tokenizer.answers(["loop"])[0].dropped == "template_refuses_it"
+    rung: list[int] = []
+    handler = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        tokenizer.prompts([[{"role": "user", "content": "loop"}]])
+        deadline = time.monotonic() + 30
+        while not rung and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    assert rung
+
+
+def test_a_tokenizer_that_loses_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What transformers before 5.22 makes of R1-Distill-Llama: a byte-level vocabulary without its splitting."""
+    sound, broken = folder(tmp_path / "sound"), folder(tmp_path / "broken")
+    file = broken / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pre_tokenizer": None}))
+    with pytest.raises(ConfigError, match=r"(?s)loses text: \"It is far, .* comes back from its ids as \"Itisfar,"):
+        ChatTokenizer(broken)
+    right = ChatTokenizer(sound).answers([ANSWER])[0].whole
+    load = AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda path, **kwargs: load(str(broken), **kwargs))
+    np.testing.assert_array_equal(ChatTokenizer(sound).answers([ANSWER])[0].whole, right)  # tokenizer.json as it stands
+
+
+def test_a_system_message_becomes_the_beginning_of_the_question(tmp_path: Path) -> None:
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+    tokenizer = ChatTokenizer(folder(tmp_path, strict), fold_system=True)
+    system = [{"role": "system", "content": "Be brief."}, *ASK]
+    folded = [{"role": "user", "content": "Be brief.\n\nWhat is it?"}]
+    found = tokenizer.prompts([system, folded, [{"role": "system", "content": ""}, *ASK], ASK])
+    assert ids(found[0]) == ids(found[1]) and ids(found[2]) == ids(found[3])
+    (refused,) = ChatTokenizer(tmp_path).prompts([system])
+    assert isinstance(refused, DataError) and 'set system_messages = "first_user_turn"' in str(refused)
+
+
+THINKS = body("{{ m.content.split('</think>')[-1].lstrip('\n') }}<|im_end|>\n", "<|im_start|>assistant\n<think>\n")
+
+
+def test_answers_that_hold_their_think_blocks(tmp_path: Path) -> None:
+    """Qwen 3's template opens no block, R1-Distill's prompts end in one: it is there once, and closed."""
+    with pytest.raises(ConfigError, match=r'does not continue its own prompt.*thinking = "in_answers"'):
+        ChatTokenizer(folder(tmp_path / "r1", THINKS))
+    opens = ChatTokenizer(tmp_path / "r1", thinking_in_answers=True)
+    plain = ChatTokenizer(folder(tmp_path / "qwen"), thinking_in_answers=True)
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path / "qwen"), local_files_only=True)
+    texts = ["<think>\nSix.\n</think>\n\nIt is 6. ", "Six.\n</think>\n\nIt is 6. ", "It is 6.", "<think>\nSix, or"]
+    inside = "Six.\n</think>\n\nIt is 6. "
+    for tokenizer, want in ((opens, inside), (plain, f"<think>\n{inside}")):
+        found = tokenizer.answers(texts)
+        assert [answer.dropped for answer in found] == ["", "", "no_thinking", "no_thinking"]
+        assert [theirs.decode(answer.whole) for answer in found[:2]] == [want + "<|im_end|>"] * 2
+    assert theirs.decode(ids(opens.prompts([ASK])[0])).endswith("<|im_start|>assistant\n<think>\n")
+
+
+def test_what_a_template_leaves_out_of_an_answer_is_told(tmp_path: Path) -> None:
+    tokenizer = ChatTokenizer(folder(tmp_path, body("{{ m.content.split('</think>')[-1] | trim }}<|im_end|>\n")))
+    cut, whole = tokenizer.answers(["<think>Six.</think> It is 6.", " It is 6. "])
+    assert cut.notes == ("text_left_out",) and whole.notes == ()
+    np.testing.assert_array_equal(cut.whole, whole.whole)
+
+
+def test_characters_that_the_tokenizer_does_not_know(tmp_path: Path) -> None:
+    path = folder(tmp_path, vocab=128)
+    file = path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"unk_token": "<|endoftext|>"}))
+    found = ChatTokenizer(path).answers(["It is \u65e5.", "It is 6."])
+    assert [answer.notes for answer in found] == [("unknown_tokens",), ()]
+
+
+@pytest.mark.parametrize("name", CHAT_FAMILIES)
+def test_data_sets_of_before_are_told_apart_where_their_tokens_differ(name: str, tmp_path: Path) -> None:
+    """The digest is the one of before where answers began as they do now; where they began with a stray blank, not."""
+    rules = CHAT_FAMILIES[name]
+    tokenizer = ChatTokenizer(
+        rules.write(tmp_path), template_kwargs=rules.kwargs, thinking_in_answers=rules.thinking_in_answers
+    )
+    before = hashlib.sha256(f"{tokenizer.template.digest}:{tokenizer.end_of_turn.tolist()}".encode()).hexdigest()
+    stray = name in ("mistral_0.1_older", "zephyr", "tinyllama", "chatml_on_llama_2", "yi")
+    assert (tokenizer.template_digest != before) == stray

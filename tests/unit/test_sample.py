@@ -268,7 +268,9 @@ def test_prompts_through_the_template(tmp_path: Path) -> None:
         prompt_tokens(twice, "p", user, 100)
     strict = "{{ raise_exception('no system role') if messages[0]['role'] == 'system' }}" + CHATML
     refusing = load_tokenizer(make_tokenizer(tmp_path / "d", 512, chat_template=strict))
-    with pytest.raises(DataError, match="'p': the source's chat template refuses it: no system role"):
+    with pytest.raises(
+        DataError, match=r"'p': the chat template refuses this conversation: no system role.*first_user_turn"
+    ):
         prompt_tokens(refusing, "p", [{"role": "system", "content": "x"}, *user], 100)
 
 
