@@ -1,6 +1,8 @@
 """What docs/against_trl.md says of TRL, seen in the TRL that is installed: equal losses, and the differences."""
 
+import dataclasses
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megafuse import losses
+from megafuse.config.train import TrainConfig
 from megafuse.data.tokenise import ChatTokenizer
 from megafuse.losses import ResponseSums, Terms
 from megafuse.testing.tokenizer import make_tokenizer
@@ -201,3 +204,15 @@ def test_defaults_that_the_page_names() -> None:
     assert (config.learning_rate, config.beta, config.lr_scheduler_type.value) == (1e-6, 0.1, "linear")
     assert (config.max_length, config.truncation_mode, config.loss_type) == (1024, "keep_start", ["sigmoid"])
     assert config.gradient_checkpointing and not config.precompute_ref_log_probs
+
+
+def test_settings_that_the_page_names_are_there() -> None:
+    """In its table of settings, on either side."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "against_trl.md").read_text().partition("## Settings")[2]
+    rows = [line.strip("|").split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    theirs = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert len(rows) > 10 and theirs <= {field.name for field in dataclasses.fields(trl.DPOConfig)}
+    ours = {name for row in rows for name in re.findall(r"`(\w+)\.(\w+)`", row[1])}
+    assert len(ours) > 6
+    for section, field in ours:
+        assert field in TrainConfig.model_fields[section].annotation.model_fields
