@@ -12,12 +12,13 @@ from typing import Any
 
 from megafuse.converters.digest import WeightsHasher
 from megafuse.converters.folders import check_room, is_checkpoint, new_folder, open_weights, read_manifest
+from megafuse.converters.formats import INDEX, describes_other_weights
 from megafuse.converters.hf_config import read_hf_config
 from megafuse.converters.importer import Report, make_report
 from megafuse.converters.jobs import Meter, OnBytes, check_jobs, run_jobs
 from megafuse.converters.layout import LAYOUT, Layout, layout_of, read_layout
 from megafuse.converters.plan import Plan
-from megafuse.converters.safetensors_io import INDEX, Header, SafetensorsFolder, has_weights, make_header, side_files
+from megafuse.converters.safetensors_io import Header, SafetensorsFolder, has_weights, make_header, side_files
 from megafuse.converters.sharding import DEFAULT_SHARD_GB, index_text, resharded
 from megafuse.converters.views import (
     DEFAULT_BLOCK,
@@ -97,8 +98,8 @@ def export_hf(
             known = manifest.get("weights_sha256") if source == "model" else None
             if known and known != read.finish(view):
                 raise IntegrityError(f"{ckpt}: the weights are not those of its manifest; restore the checkpoint")
-            _write_side_files(plan, old, layout, weights, ckpt, like, work)
-    return make_report("export", ckpt, out, plan, total, began, written.finish(weights))
+            skipped = _write_side_files(plan, old, layout, weights, ckpt, like, work)
+    return make_report("export", ckpt, out, plan, total, began, written.finish(weights), skipped)
 
 
 def _check_like(plan: Plan, ckpt: Path, like: Path) -> None:
@@ -179,12 +180,18 @@ def new_header(plan: Plan, layout: Layout, old: Header, weights: TensorView) -> 
 
 def _write_side_files(
     plan: Plan, old: Layout | None, layout: Layout, weights: TensorView, ckpt: Path, like: Path | None, work: Path
-) -> None:
-    """Copy configuration, tokenizer and the rest; what is new of dtypes and files, config.json and the index say."""
+) -> tuple[str, ...]:
+    """Copy configuration, tokenizer and the rest; what is new of dtypes and files, config.json and the index say.
+
+    Returns the names in a checkpoint's hf/ that were left out: earlier versions imported an adapter's configuration.
+    """
+    skipped: list[str] = []
     if like:
         sources = [path for path, kept in side_files(like) if kept]
     else:
-        sources = [path for path in sorted((ckpt / "hf").iterdir()) if path.is_file() and path.name != LAYOUT]
+        there = [path for path in sorted((ckpt / "hf").iterdir()) if path.is_file() and path.name != LAYOUT]
+        sources = [path for path in there if not describes_other_weights(path.name)]
+        skipped = [path.name for path in there if path not in sources]
     same_files = old is not None and old.weight_map == layout.weight_map
     for path in sources:
         if (work / path.name).exists():
@@ -200,6 +207,7 @@ def _write_side_files(
     elif layout != old and (work / INDEX).is_file():
         size = sum(header.data_bytes for header in layout.headers.values())
         _edit_json(work / INDEX, lambda index: index.setdefault("metadata", {}).update(total_size=size))
+    return tuple(skipped)
 
 
 def _set_dtype(config: dict[str, Any], name: str) -> None:

@@ -9,6 +9,9 @@ from megafuse.errors import UnsupportedModelError
 
 Fields = Callable[[Mapping[str, Any]], dict[str, Any]]  # config.json -> the family's own fields of ModelArch
 WINDOWED, FULL = "sliding_attention", "full_attention"
+# Which kernel transformers computes attention with: one function, whichever of these it is.
+KERNELS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", None)
+KERNEL_KEYS = ("_attn_implementation", "_attn_implementation_internal", "attn_implementation")
 
 
 def no_fields(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megafuse.converters.config_values import flag, positive_float, positive_int, refuse, same
-from megafuse.converters.family import Family
+from megafuse.converters.family import KERNEL_KEYS, KERNELS, Family
+from megafuse.converters.formats import refuse_other_formats
 from megafuse.converters.maps import FAMILIES
 from megafuse.converters.safetensors_io import unique_keys
 from megafuse.errors import ConfigError, UnsupportedModelError
@@ -43,6 +44,7 @@ TRANSLATED = {
 }
 # Keys that change the forward pass: only these values are implemented. null means "absent" in every config.json.
 FIXED: dict[str, tuple[Any, ...]] = {
+    "activation": ("swiglu",),  # what hidden_act = silu and a gate are together; no class of transformers reads it
     "add_cross_attention": (False,),
     "attention_bias": (False,),
     "attention_dropout": (0, None),
@@ -60,24 +62,64 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),
     "sliding_window": (None,),
     "tie_encoder_decoder": (False,),
+    "use_mrope": (False, None),  # positions of images and time, of Qwen's models that see; text alone has one position
     "use_sliding_window": (False, None),
 }
-# Keys about generation, files and the Python objects around the model.
-HARMLESS = {
-    "_attn_implementation_autoset",
-    "_name_or_path",
-    "auto_map",
+FIXED |= dict.fromkeys(KERNEL_KEYS, KERNELS) | {"_flash_attn_2_enabled": (True, False, None)}  # of transformers 4.35
+# Settings of generate(), which transformers 4 wrote into config.json and transformers 5 drops when it reads one: they
+# choose among the logits that the forward pass has given.
+GENERATION = {
+    "assistant_confidence_threshold",
+    "assistant_lookbehind",
     "bad_words_ids",
     "begin_suppress_tokens",
+    "diversity_penalty",
+    "do_sample",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "length_penalty",
+    "max_length",
+    "min_length",
+    "no_repeat_ngram_size",
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_scores",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "return_dict_in_generate",
+    "suppress_tokens",
+    "target_lookbehind",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+    "use_cache",
+}
+# Keys about files, other programs, other losses and the Python objects around the model.
+HARMLESS = GENERATION | {
+    "_attn_implementation_autoset",
+    "_commit_hash",
+    "_name_or_path",
+    "auto_map",
     "bos_token_id",
     "chunk_size_feed_forward",
     "decoder_start_token_id",
     "eos_token_id",
     "finetuning_task",
+    "gradient_checkpointing",  # what the backward pass keeps
     "id2label",
     "initializer_range",
     "label2id",
-    "max_length",
+    "max_sequence_length",  # Llama's of early 2023, beside max_position_embeddings: nothing reads it
     "output_attentions",
     "output_hidden_states",
     "pad_token_id",
@@ -86,17 +128,15 @@ HARMLESS = {
     "return_dict",
     "sep_token_id",
     "task_specific_params",
-    "temperature",
+    "tf_legacy_loss",
     "tokenizer_class",
-    "top_k",
-    "top_p",
     "torchscript",
     "transformers.js_config",
     "transformers_version",
+    "unk_token_id",
     "unsloth_fixed",
     "unsloth_version",
     "use_bfloat16",
-    "use_cache",
 }
 
 
@@ -115,6 +155,7 @@ def read_hf_config(folder: str | Path) -> ModelArch:
     try:
         config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except FileNotFoundError:
+        refuse_other_formats(path.parent)
         raise ConfigError(
             f"{path} does not exist; fix: give a Hugging Face model folder or a converted checkpoint"
         ) from None

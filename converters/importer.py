@@ -50,7 +50,7 @@ class Report:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What an import would do, from headers alone.
+    """What an import would do.
 
     `files`: bytes by name of what would be written (weights without their small headers, side files as they are),
     `skipped`: what would not be copied, `peak_rss_mib`: a bound on the memory, `free_bytes`: room on the disk.
@@ -81,7 +81,10 @@ def dry_run(
     jobs: int = 1,
     overwrite: bool = False,
 ) -> DryRun:
-    """What `import_hf` would write and need; reads headers, writes nothing. Raises as it does, but for the weights."""
+    """What `import_hf` would write and need; writes nothing. Raises as it does, but for a disk that is too small.
+
+    Reads headers alone, and the output layer of a tied model that holds one.
+    """
     check_jobs(jobs, block_mb)
     hf_dir, out = Path(hf_dir), Path(out).absolute()
     check_output(out, overwrite=overwrite, inputs=(hf_dir,))
@@ -95,7 +98,9 @@ def dry_run(
             name: sum(tensor_bytes(shards.dtype(packed.pieces[0].hf), packed.shape) for packed in held)
             for name, held in plan_files(plan, shards).items()
         }
-    sides = list(side_files(hf_dir))
+        assert isinstance(shards, SafetensorsFolder)
+        check_tied(plan, shards, block_mb << 20)
+    sides = _side_files(hf_dir)
     return DryRun(
         source=str(hf_dir),
         out=str(out),
@@ -133,7 +138,6 @@ def import_hf(
     check_room(out, sum(planned.files.values()))
     with open_weights(hf_dir) as (plan, shards), new_folder(out, overwrite=overwrite, inputs=(hf_dir,)) as work:
         assert isinstance(shards, SafetensorsFolder)
-        check_tied(plan, shards, block_mb << 20)
         hasher = WeightsHasher(plan)
         meter = Meter(planned.bytes, show)
         hashes = write_torch_dist(
@@ -243,12 +247,18 @@ def keep_side_files(hf_dir: Path, keep: Path) -> list[str]:
 def _keep_side_files(hf_dir: Path, keep: Path, plan: Plan, shards: SafetensorsFolder) -> list[str]:
     keep.mkdir()
     skipped = []
-    for path, kept in side_files(hf_dir):
-        if path.name == LAYOUT:
-            raise DataError(f"{path}: this name is reserved for checkpoints; rename the file")
+    for path, kept in _side_files(hf_dir):
         if kept:
             shutil.copyfile(path, keep / path.name)
         else:
             skipped.append(path.name + ("/" if path.is_dir() else ""))
     write_json_atomic(keep / LAYOUT, layout_of(plan, shards).to_json())
     return skipped
+
+
+def _side_files(hf_dir: Path) -> list[tuple[Path, bool]]:
+    """As `side_files`. Raises DataError for the name that a checkpoint gives to a file of its own."""
+    sides = list(side_files(hf_dir))
+    if any(path.name == LAYOUT for path, _ in sides):
+        raise DataError(f"{hf_dir / LAYOUT}: this name is reserved for checkpoints; rename the file")
+    return sides

@@ -61,6 +61,8 @@ def verify_ladder(
     Needs the memory of the model in fp32 from `load` on, and its disk space in the temporary folder for `save`.
     Raises ConfigError for a folder, rung or layout that cannot be.
     """
+    for name in layouts:
+        parse_layout(name)  # a typo costs nothing, not a comparison of every bit
     ckpt, hf_dir = _tell_apart(Path(one), Path(other))
     if upto not in RUNGS:
         raise ConfigError(f"upto = {upto!r} is not one of {', '.join(RUNGS)}")
@@ -93,20 +95,17 @@ def _climb(
     tolerance: float,
     block_mb: int,
 ) -> Iterator[Finding]:
-    for rung, check in (
-        ("plan", partial(same_plan, ckpt, hf_dir)),
-        ("bits", partial(_same_bits, ckpt, hf_dir, block_mb)),
-    ):
-        if rung not in rungs:
-            return
-        finding = _guarded(rung, check)
-        yield finding
-        if not finding.ok:
-            return
-    if "load" not in rungs:
+    finding = _guarded("plan", partial(same_plan, ckpt, hf_dir))
+    yield finding
+    if not finding.ok or "bits" not in rungs:
         return
     arch = read_arch(ckpt)
-    worlds = _by_world(arch, layouts or default_layouts(arch))
+    # a layout that this model cannot have is refused before every bit is read
+    worlds = _by_world(arch, layouts or default_layouts(arch)) if "load" in rungs else {}
+    finding = _guarded("bits", partial(_same_bits, ckpt, hf_dir, block_mb))
+    yield finding
+    if not finding.ok or "load" not in rungs:
+        return
     with tempfile.TemporaryDirectory() as folder:
         ids, theirs = None, None
         if "logits" in rungs:

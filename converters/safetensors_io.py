@@ -15,10 +15,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from megafuse.converters.formats import INDEX, describes_other_weights, is_model, refuse_without_safetensors
 from megafuse.converters.views import pread_into, row_bytes
 from megafuse.errors import ConfigError, DataError, IntegrityError
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _MAX_HEADER = 100_000_000  # safetensors' own limit
 _BITS = {
@@ -27,8 +27,6 @@ _BITS = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64"), 64),
 }
-
-_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,8 @@ def plain_name(name: Any, where: str) -> str:
 def weight_files(folder: Path) -> list[str]:
     """File names that hold the weights: those of the shard index, else `model.safetensors`, else the only one there is.
 
-    Raises ConfigError where there is none (or an unclear choice), DataError for an index that leaves the folder.
+    Raises ConfigError where there is none (saying how to make them, if the folder has others) or an unclear choice,
+    DataError for an index that leaves the folder.
     """
     index = folder / INDEX
     if index.is_file():
@@ -143,17 +142,21 @@ def weight_files(folder: Path) -> list[str]:
                 "index says others; delete the one that is not meant"
             )
         return named
-    found = sorted(p.name for p in folder.glob("*.safetensors"))
+    found = sorted(p.name for p in folder.glob("*.safetensors") if is_model(p.name))
     if SINGLE in found:
         return [SINGLE]
-    if len(found) != 1:
-        raise ConfigError(f"{folder} has no {INDEX}, no {SINGLE}, and {len(found)} other *.safetensors files")
+    if not found:
+        refuse_without_safetensors(folder)
+    if len(found) > 1:
+        raise ConfigError(
+            f"{folder} has no {INDEX}, no {SINGLE}, and {len(found)} other *.safetensors files; fix: fetch the index"
+        )
     return found
 
 
 def has_weights(folder: Path) -> bool:
-    """There is a shard index or a safetensors file: `weight_files` has something to say."""
-    return (folder / INDEX).is_file() or any(folder.glob("*.safetensors"))
+    """There is a shard index or a safetensors file of a model: `weight_files` has something to say."""
+    return (folder / INDEX).is_file() or any(is_model(p.name) for p in folder.glob("*.safetensors"))
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -246,7 +249,8 @@ class SafetensorsFolder:
 def side_files(folder: Path) -> Iterator[tuple[Path, bool]]:
     """(path, kept) of everything in `folder` that is no weight of the model.
 
-    Kept: configuration, tokenizer, templates, code, the shard index. Not kept: folders, and weights in other formats.
+    Kept: configuration, tokenizer, templates, code, the shard index. Not kept: folders, weights in other formats, and
+    what would have them (an adapter, a quantisation) loaded with the model's.
     Raises ConfigError for a link that leads nowhere: what it should hold would be missing in silence.
     """
     weights = set(weight_files(folder)) if has_weights(folder) else set()
@@ -256,7 +260,7 @@ def side_files(folder: Path) -> Iterator[tuple[Path, bool]]:
                 f"{path} is a link to {os.readlink(path)}, which is not there; fetch it, or remove the link"
             )
         if path.name not in weights:
-            yield path, path.is_file() and not path.name.endswith(_OTHER_WEIGHTS)
+            yield path, path.is_file() and not describes_other_weights(path.name)
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

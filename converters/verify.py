@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megafuse.converters.digest import WeightsHasher
 from megafuse.converters.folders import is_checkpoint, open_weights, read_manifest
+from megafuse.converters.formats import describes_other_weights
 from megafuse.converters.plan import Plan
 from megafuse.converters.safetensors_io import side_files
 from megafuse.converters.views import DEFAULT_BLOCK, TensorView, stream
@@ -97,6 +98,7 @@ def compare_bits(plan: Plan, mine: TensorView, theirs: TensorView, *, block_byte
 
 def _side_files_differ(kept: Path, hf_dir: Path) -> tuple[str, ...]:
     theirs = {path.name for path, keep in side_files(hf_dir) if keep}
-    ours = {path.name for path in kept.iterdir() if path.is_file()} - {"layout.json"}
+    there = {path.name for path in kept.iterdir() if path.is_file()} - {"layout.json"}
+    ours = {name for name in there if not describes_other_weights(name)}
     shared = [n for n in ours & theirs if not filecmp.cmp(kept / n, hf_dir / n, shallow=False)]
     return tuple(sorted([*(ours ^ theirs), *shared]))

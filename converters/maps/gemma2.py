@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megafuse.converters.config_values import positive_float, positive_int, refuse
-from megafuse.converters.family import FULL, WINDOWED, Family, layer_types
+from megafuse.converters.family import FULL, KERNEL_KEYS, KERNELS, WINDOWED, Family, layer_types
 from megafuse.converters.table import (
     ATTENTION,
     ATTENTION_STATES,
@@ -60,7 +60,12 @@ RULES = Family(
     translated=frozenset(
         {*_CAPS.values(), "layer_types", "query_pre_attn_scalar", "sliding_window", "sliding_window_size"}
     ),
-    fixed={"hidden_act": _GELU, "hidden_activation": _GELU, "use_bidirectional_attention": (False, None)},
+    fixed={
+        **dict.fromkeys(("activation", "hidden_act", "hidden_activation"), _GELU),
+        # sdpa has no cap on scores: transformers 4 left it out in silence
+        **dict.fromkeys(KERNEL_KEYS, tuple(kernel for kernel in KERNELS if kernel != "sdpa")),
+        "use_bidirectional_attention": (False, None),
+    },
     harmless=frozenset({"cache_implementation"}),
     explicit=("head_dim", "num_key_value_heads", "query_pre_attn_scalar", "sliding_window"),
     present=tuple(_CAPS.values()),

@@ -19,12 +19,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from megafuse.data.dataset import GroupDataset
 from megafuse.data.reader import RecordReader, file_digest, raw_lines
 from megafuse.doctor.hardware import usable_cores
 from megafuse.errors import ConfigError, DataError, MegafuseError
+from megafuse.observe.console import make_console
 from megafuse.observe.curves import plot_run
 from megafuse.observe.manifest import read_json, utc_now, versions, write_json_atomic
 from megafuse.observe.metrics import read_metrics
@@ -39,7 +38,7 @@ LONGEST_GROUP = 4096  # tokens; longer ones are dropped
 FEW = 10  # held-out prompts: below, an accuracy is little more than a coin
 # rows of 512 tokens: longer ones are no faster on a CPU, and every token takes 2 MB of activations
 ROWS = ["--data.max_row_tokens", 512, "--data.max_group_tokens", LONGEST_GROUP]
-SAY = Console(stderr=True, highlight=False)
+SAY = make_console(stderr=True, highlight=False)
 
 
 def main() -> int:
@@ -320,7 +319,7 @@ def report(args: argparse.Namespace, run: Path, rows: list[StageRow], origin: di
     held_out = read_json(run / "data" / "rank" / "manifest.json")["groups"]
     title = f"Rank accuracy on {held_out} held-out prompts ({args.data.name}, seed {args.seed})"
     table, markdown = stage_table(rows, title)
-    Console().print(table)
+    make_console().print(table)
     if held_out < FEW:
         SAY.print(f"[yellow]{held_out} held-out prompts are too few to compare stages: give more data or --minutes")
     plot_run([("FuseSFT", run / "fusesft"), ("FusePO", run / "fusepo")], run / "curves.png", "Quick start")

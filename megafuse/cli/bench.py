@@ -20,14 +20,13 @@ def run(config: BenchConfig) -> int:
     from megafuse.parallel.quiet import quiet_dependencies
 
     with quiet_dependencies(), compile_when_called():
-        from rich.console import Console
-
         from megafuse.bench.report import tables
         from megafuse.bench.run import bench
+        from megafuse.observe.console import make_console
 
         report = bench(config)
     if report:
-        console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+        console = make_console(highlight=False)
         for table in tables(report):
             console.print(table)
         if config.out:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -12,6 +11,7 @@ from megafuse.data.build import BuildResult, build
 from megafuse.data.store import read_manifest
 from megafuse.data.tally import CATEGORIES
 from megafuse.errors import DataError
+from megafuse.observe.console import make_console
 
 DESCRIPTION = "Split, select, pair, weigh and tokenise scored answers into a data set that training reads."
 CONFIG = BuildConfig
@@ -19,7 +19,7 @@ CONFIG = BuildConfig
 
 def run(config: BuildConfig) -> int:
     """Build, and print what was kept and what was left out and why."""
-    console = Console()
+    console = make_console()
     beside = read_manifest(config.beside) if config.beside is not None else None
     if config.beside is not None and beside is None:
         raise DataError(f"beside: {config.beside} holds no megafuse data set")

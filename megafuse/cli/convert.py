@@ -33,7 +33,7 @@ class ImportConfig(Config):
     overwrite: bool = False
     """Replace `out` where it is an earlier model folder."""
     dry_run: bool = False
-    """Say what would be written and how much memory it takes, from headers alone; write nothing."""
+    """Say what would be written and how much memory it takes, and refuse what an import refuses; write nothing."""
 
 
 class ExportConfig(Config):

@@ -5,12 +5,12 @@ from typing import Literal
 
 import tyro
 from pydantic import Field
-from rich.console import Console
 from rich.table import Table
 
 from megafuse.config.base import Config
 from megafuse.data.check import PERCENTILES, DataReport, check, percentiles
 from megafuse.data.tokenise import ChatTokenizer
+from megafuse.observe.console import make_console
 
 DESCRIPTION = "Check input files line by line and show what they hold. Exit status: 2 with bad or no records, else 0."
 _GAPS = (0.0, 0.001, 0.01, 0.1, 1.0, 10.0)
@@ -36,7 +36,7 @@ CONFIG = DataCheckConfig
 
 def run(config: DataCheckConfig) -> int:
     """Print the statistics, then the first errors as `file:line:col: reason` and their number."""
-    console = Console()
+    console = make_console()
     tokenizer = ChatTokenizer(config.tokenizer) if config.tokenizer is not None else None
     report = check(
         config.files,

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import tyro
 from pydantic import Field
-from rich.console import Console
 
 from megafuse.config.base import Config
 from megafuse.data.reader import check_output
@@ -12,6 +11,7 @@ from megafuse.data.report import collect
 from megafuse.data.store import read_manifest
 from megafuse.data.tokenise import ChatTokenizer
 from megafuse.errors import DataError
+from megafuse.observe.console import make_console
 from megafuse.observe.data_report import page
 from megafuse.observe.manifest import atomic_file
 
@@ -59,5 +59,5 @@ def run(config: DataReportConfig) -> int:
     text = page(data, title=config.title, unit="tokens" if tokenizer else "characters", manifests=manifests)
     with atomic_file(config.output) as file:
         file.write(text.encode())
-    Console().print(f"{config.output}: {data.prompts:,} prompts, {len(data.rewards)} sources", soft_wrap=True)
+    make_console().print(f"{config.output}: {data.prompts:,} prompts, {len(data.rewards)} sources", soft_wrap=True)
     return 0

@@ -1,7 +1,6 @@
 """`megafuse doctor`: what is installed, what is usable, and how to repair the rest."""
 
 import json
-import sys
 import warnings
 from dataclasses import asdict
 from functools import partial
@@ -68,16 +67,17 @@ def run(config: DoctorConfig) -> int:
 
 def _print_table(findings: list[Finding], usable: bool) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from megafuse.observe.console import make_console
 
     colours = {"ok": "green", "absent": "dim", "problem": "red"}
     table = Table("", "what", "found", "what to do", box=box.SIMPLE)
     for finding in findings:
         row = (finding.status, finding.name, finding.detail, finding.fix)
         table.add_row(*(Text(cell, style=colours[finding.status] if i == 0 else "") for i, cell in enumerate(row)))
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = make_console(highlight=False)
     console.print(table)
     if usable:
         console.print("megafuse can run here.", style="green")

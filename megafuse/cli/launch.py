@@ -4,11 +4,10 @@ import importlib.util
 import os
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from megafuse.config.launch import LaunchConfig, WhereConfig
 from megafuse.launch.job import Job, job_of
 from megafuse.launch.plain import Result, run_plainly
+from megafuse.observe.console import make_console
 
 DESCRIPTION = """Run a recipe: a script of slurm/, from scored answers to a Hugging Face folder.
 
@@ -22,7 +21,7 @@ CONFIG = LaunchConfig
 
 def run(config: LaunchConfig) -> int:
     """Launch, or show what would be launched; the exit code is 1 where a job is known not to have succeeded."""
-    console = Console(soft_wrap=True, highlight=False)
+    console = make_console(soft_wrap=True, highlight=False)
     job = job_of(config)
     if config.dry_run:
         show(job, config)

@@ -9,6 +9,7 @@ from megafuse.config.launch import SweepConfig
 from megafuse.launch.plain import Result
 from megafuse.launch.summary import row_of, write_summary
 from megafuse.launch.sweep import Point, begin, last_start, points_of, queued, remember
+from megafuse.observe.console import make_console
 
 DESCRIPTION = """Run a recipe at every point of a grid, and write one table.
 
@@ -25,7 +26,7 @@ CONFIG = SweepConfig
 
 def run(config: SweepConfig) -> int:
     """Start what is missing, then write the table; 1 where a point is known to have failed."""
-    console = Console(highlight=False)
+    console = make_console(highlight=False)
     points = points_of(config)
     missing = [point for point in points if not point.done and not queued(last_start(point.folder).get("job", ""))]
     if config.dry_run:

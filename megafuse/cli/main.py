@@ -163,15 +163,16 @@ def _unknown(args: list[str], commands: Mapping[str, Command]) -> int:
 
 def _report(message: str) -> None:
     """Print one red message on stderr; of equal messages of one node's ranks, only the first."""
-    from rich.console import Console
     from rich.text import Text
+
+    from megafuse.observe.console import make_console
 
     rank = os.environ.get("RANK")
     if rank is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if not _first_on_node(message):
             return
         message = f"[rank {rank}] {message}"
-    Console(stderr=True).print(Text(f"error: {message}", style="red"), soft_wrap=True)
+    make_console(stderr=True).print(Text(f"error: {message}", style="red"), soft_wrap=True)
 
 
 def _is_read() -> bool:

@@ -1,9 +1,8 @@
 """`megafuse prompts`: a published data set to a file of prompts."""
 
-from rich.console import Console
-
 from megafuse.config.prompts import PromptsConfig
 from megafuse.data.prompts import make_prompts
+from megafuse.observe.console import make_console
 
 DESCRIPTION = "Take the prompts of a published set: filtered, one of a kind, counted at every step."
 CONFIG = PromptsConfig
@@ -11,7 +10,7 @@ CONFIG = PromptsConfig
 
 def run(config: PromptsConfig) -> int:
     """Write the prompts and print the counts."""
-    console = Console()
+    console = make_console()
     result = make_prompts(config)
     if result.files:
         more = f" and {len(result.files) - 5} more" if len(result.files) > 5 else ""

@@ -1,8 +1,7 @@
 """`megafuse sample`: prompts to the responses of one source model."""
 
-from rich.console import Console
-
 from megafuse.config.sample import SampleConfig
+from megafuse.observe.console import make_console
 from megafuse.sampling.sample import Speed, sample
 
 DESCRIPTION = "Sample the responses of one source; started again after a kill, it goes on where it stopped."
@@ -11,8 +10,8 @@ CONFIG = SampleConfig
 
 def run(config: SampleConfig) -> int:
     """Sample, with a line a chunk: tokens a second and the time left."""
-    console = Console()
-    err = Console(stderr=True, highlight=False)
+    console = make_console()
+    err = make_console(stderr=True, highlight=False)
 
     def show(speed: Speed) -> None:
         minutes = speed.seconds_left / 60

@@ -1,10 +1,10 @@
 """`megafuse score`: responses to scored responses."""
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from megafuse.config.score import ScoreConfig
+from megafuse.observe.console import make_console
 from megafuse.rewards.score import score
 
 DESCRIPTION = "Verify and score every response; started again after a kill, it goes on where it stopped."
@@ -13,7 +13,7 @@ CONFIG = ScoreConfig
 
 def run(config: ScoreConfig) -> int:
     """Score, and print verdicts and what got no reward."""
-    console = Console()
+    console = make_console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("scoring chunks", total=None)

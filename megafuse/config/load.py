@@ -47,6 +47,7 @@ def parse(cls: type[ConfigT], argv: Sequence[str], *, prog: str, description: st
     """
     count = next((i for i, arg in enumerate(argv) if arg.startswith("-") or not arg.endswith(".toml")), len(argv))
     flags = [arg for arg in argv[count:] if arg not in ("--print_config", "--print-config")]
+    _check_switches(cls, flags)
     values = tyro.cli(
         cls,
         prog=prog,
@@ -166,6 +167,36 @@ def _merge(cls: type[Config], into: dict[str, Any], values: Mapping[str, Any]) -
 
 
 # ---- messages
+
+
+def _check_switches(cls: type[Config], flags: Sequence[str]) -> None:
+    """Raise ConfigError for a value behind a boolean's flag, which tyro would take for another argument."""
+    switches = dict(_switches(cls))
+    # a folder may be named 1, or on; nobody means one by "true"
+    words = {"true", "false"} if _has_positional(cls) else {"true", "false", "yes", "no", "on", "off", "1", "0"}
+    for flag, behind in zip(flags, [*flags[1:], ""]):
+        name, equals, value = flag.partition("=")
+        on_off = switches.get(name.replace("-", "_")) if name.startswith("--") else None
+        if on_off and (equals or behind.lower() in words):
+            on, off = on_off
+            raise ConfigError(
+                f"{name} {value if equals else behind}: this flag takes no value; fix: {on} for true, {off} for false"
+            )
+
+
+def _switches(cls: type[Config], prefix: str = "--") -> Iterator[tuple[str, tuple[str, str]]]:
+    """(a flag with its dashes as underscores, (the flag for true, the one for false)) of every boolean."""
+    for name, field in cls.model_fields.items():
+        if section := _section(field.annotation):
+            yield from _switches(section, f"{prefix}{name}.")
+        elif field.annotation is bool:
+            given = next((n for marker in field.metadata if (n := getattr(marker, "name", None))), name)
+            pair = f"{prefix}{given}", f"{prefix}no_{given}"
+            yield from ((flag.replace("-", "_"), pair) for flag in pair)
+
+
+def _has_positional(cls: type[Config]) -> bool:
+    return any(tyro.conf.Positional in field.metadata for field in cls.model_fields.values())
 
 
 def _complaints(error: ValidationError, prefix: str = "") -> Iterator[str]:

@@ -15,30 +15,67 @@ import contextlib
 import fcntl
 import gzip
 import json
+import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from megafuse.data.jsonpos import column
 from megafuse.data.reader import RecordReader, file_digest, raw_lines
-from megafuse.data.records import Form, Rules
+from megafuse.data.records import BadRecord, Form, Rules
 from megafuse.errors import DataError
 from megafuse.observe.manifest import atomic_file, utc_now, versions, write_json_atomic
 
 Record = dict[str, Any]  # one line of a public file, every key kept
 
 
-def read_raw(path: Path, form: Form) -> list[Record]:
+def read_raw(path: Path, form: Form, *, replaced: Collection[str] | None = None) -> list[Record]:
     """Every line of a public file as it is, after all of them have been checked against the form.
+
+    Args:
+        path: the file.
+        form: what its records must have.
+        replaced: keys of the responses that the caller gives new values, where it writes the records again (of form
+            `prompts`: with other responses): all other numbers must be finite then. None: it does not write them.
 
     Raises:
         DataError: bad lines, as `file:line:col: reason`. Responses without text are no error here.
     """
-    for _ in RecordReader([path], Rules(form=form, drop_bad_responses=True)):
+    reader = RecordReader([path], Rules(form=form, drop_bad_responses=True))
+    for _ in reader:
         pass
-    return [json.loads(raw.decode("utf-8").removeprefix("\ufeff")) for _, raw in raw_lines(path)]
+    records = []
+    for line, raw in raw_lines(path):
+        text = raw.decode("utf-8").removeprefix("\ufeff")
+        records.append(json.loads(text))
+        if replaced is None:
+            continue
+        kept = {k: v for k, v in records[-1].items() if form != "prompts" or k != "responses"}
+        if found := _nonfinite(kept, replaced):
+            where, value = found
+            name = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in where).removeprefix(".")
+            reason = f"{name}: must be finite, got {value}: JSON has no such number, and it would be written again"
+            reader.bad(BadRecord(str(path), line, column(text, where), reason), raw)
+    reader.raise_errors()
+    return records
+
+
+def _nonfinite(
+    value: Any, replaced: Collection[str], at: tuple[str | int, ...] = ()
+) -> tuple[tuple[str | int, ...], float] | None:
+    """The first NaN or infinity in a record: its path and value. Not what is `replaced` in a response."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else (at, value)
+    items: Iterable[tuple[str | int, Any]] = ()
+    if isinstance(value, dict):
+        response = len(at) == 2 and at[0] == "responses"
+        items = ((key, v) for key, v in value.items() if not (response and key in replaced))
+    elif isinstance(value, list):
+        items = enumerate(value)
+    return next((found for key, v in items if (found := _nonfinite(v, replaced, (*at, key)))), None)
 
 
 def input_digests(paths: Sequence[Path]) -> list[str]:

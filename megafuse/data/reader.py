@@ -2,17 +2,20 @@
 
 import gzip
 import hashlib
+import io
 import json
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
+from megafuse.data.containers import refuse_container
 from megafuse.data.records import BadRecord, RecordError, Rules, ScoredPrompt, parse_record
 from megafuse.errors import ConfigError, DataError
 
 SHOWN_ERRORS = 20
+_HEAD = 512  # bytes that tell a file's kind
 
 
 def file_digest(path: Path) -> str:
@@ -24,7 +27,7 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> io.BufferedReader:
     try:
         return path.open("rb")
     except OSError as e:
@@ -48,15 +51,16 @@ def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(line number from 1, bytes without the line end) of a text file or of a gzip of one; blank lines left out.
 
     Raises:
-        DataError: the file cannot be opened, or the gzip stream is damaged or cut (never skipped: what follows the
-            damage is lost).
+        DataError: the file cannot be opened, is of another kind (Parquet, an archive, one JSON array), or its gzip
+            stream is damaged or cut (never skipped: what follows the damage is lost).
     """
     with _open(path) as file:
         packed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
-        stream: IO[bytes] = gzip.GzipFile(fileobj=file) if packed else file  # type: ignore[assignment]
+        stream = gzip.GzipFile(fileobj=file) if packed else file
         number = 0
         try:
+            refuse_container(path, stream.peek(_HEAD), packed=packed)
             for number, line in enumerate(stream, 1):
                 if stripped := line.strip(b" \t\r\n"):
                     if stripped == b"\xef\xbb\xbf":

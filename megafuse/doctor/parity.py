@@ -257,8 +257,9 @@ def report(config: ParityConfig, cells: list[Cell]) -> dict[str, Any]:
 def verdict(config: ParityConfig, cells: list[Cell]) -> bool:
     """Print one line a layout and loss, its worst cell, and what it all comes to. True when everything passes."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
+
+    from megafuse.observe.console import make_console
 
     table = Table(
         "layout", "loss", "loss diff", "log-prob diff", "norm diff", "gradient diff", "worst parameter", "",
@@ -269,7 +270,7 @@ def verdict(config: ParityConfig, cells: list[Cell]) -> bool:
         mark = "[green]ok[/]" if cell.ok else f"[red]FAILS[/] ({cell.rows} rows, {cell.micro_batches} micro-batches)"
         table.add_row(name, loss, *(f"{x:.1e}" for x in figures), cell.parameter, mark)
     failed = [cell for cell in cells if not cell.ok]
-    console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
+    console = make_console(highlight=False)
     console.print(table)
     total = f"All {len(cells)} combinations of layout, loss, rows and micro-batches equal the float64 oracle"
     facts = f"{config.architecture}, {config.precision}, seed {config.seed}, bound {tolerance(config):g}"

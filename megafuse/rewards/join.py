@@ -1,6 +1,6 @@
 """Files of responses, one a source, joined by prompt: what a verifier and a reward model work on."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from megafuse.data.chunks import Record, read_raw
@@ -11,8 +11,10 @@ def _question(record: Record) -> object:
     return record.get("messages") or [{"role": "user", "content": record.get("prompt")}]
 
 
-def join(paths: Sequence[Path], prompts: Path | None = None) -> list[Record]:
+def join(paths: Sequence[Path], prompts: Path | None = None, *, replaced: Collection[str] = ()) -> list[Record]:
     """One record a prompt with the responses of all files, in the order of the first file (or of `prompts`).
+
+    replaced: keys of the responses that are given new values; all other numbers must be finite (`read_raw`).
 
     Raises:
         DataError: bad lines; a prompt_id that means another prompt in another file; a file that shares no prompt with
@@ -21,12 +23,12 @@ def join(paths: Sequence[Path], prompts: Path | None = None) -> list[Record]:
     joined: dict[str, Record] = {}
     home: dict[str, Path] = {}
     if prompts is not None:
-        for record in read_raw(prompts, "prompts"):
+        for record in read_raw(prompts, "prompts", replaced=replaced):
             joined[record["prompt_id"]] = {**record, "responses": []}
             home[record["prompt_id"]] = prompts
     for number, path in enumerate(paths):
         shared = False
-        for record in read_raw(path, "responses"):
+        for record in read_raw(path, "responses", replaced=replaced):
             name = record["prompt_id"]
             first = joined.get(name)
             if first is None:

@@ -52,7 +52,8 @@ def score(config: ScoreConfig, progress: Progress | None = None) -> ScoreResult:
         DataError: bad input, a NaN score, another run's chunks, two jobs on one chunk. Finished chunks are kept.
     """
     config = _settled(config)
-    records = join(config.inputs, config.prompts)
+    replaced = () if config.reward == "keep" else ("reward",)
+    records = join(config.inputs, config.prompts, replaced=replaced)
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     job, jobs = config.job * ranks + rank, config.jobs * ranks
     stage = ChunkedStage(config.output, _identity(config), records, chunk=config.chunk, job=job, jobs=jobs)

@@ -65,7 +65,7 @@ def read_prompts(config: SampleConfig) -> list[Record]:
     """
     records: dict[str, Record] = {}
     for path in config.prompts:
-        for record in read_raw(path, "prompts"):
+        for record in read_raw(path, "prompts", replaced=()):
             if config.domains and record.get("domain") not in config.domains:
                 continue
             if record["prompt_id"] in records:

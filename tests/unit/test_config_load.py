@@ -2,13 +2,16 @@
 
 import math
 import random
+import re
 import string
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import pytest
 from pydantic import Field, model_validator
 
+from megafuse.cli.main import COMMANDS, _load
 from megafuse.config.base import Config
 from megafuse.config.load import dump_toml, load, parse, read_files
 from megafuse.errors import ConfigError
@@ -248,3 +251,44 @@ def test_print_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_read_files_does_not_invent_required_fields(tmp_path: Path) -> None:
     assert "data" not in read_files(Run, [write(tmp_path, "name = 'q'")])
+
+
+def booleans(config: type[Config], prefix: str = "--") -> Iterator[str]:
+    """Every flag of a boolean that a command's --help can show, without the dashes in front."""
+    for name, field in config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
+            yield from booleans(field.annotation, f"{prefix}{name}.")
+        elif field.annotation is bool:
+            yield prefix + {"as_json": "json"}.get(name, name)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_boolean_with_a_value_names_the_flags_for_both(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config, _, description = _load(command, COMMANDS[command])
+    names = list(booleans(config))
+    assert names or command not in ("train", "build", "convert import", "doctor")
+    with pytest.raises(SystemExit):
+        parse(config, ["--help"], prog=command, description=description)
+    shown = capsys.readouterr().out
+    for name in names:
+        table, _, field = name.removeprefix("--").rpartition(".")
+        off = f"--{table}.no_{field}" if table else f"--no_{field}"
+        assert {name, off} <= set(re.findall(r"--[\w.]+", shown))
+        for flag in (name, off, off.replace("_", "-")):
+            for words in ([flag, "false"], [flag, "True"], [f"{flag}=false"], [f"{flag}=0"], ["x", flag, "FALSE", "y"]):
+                with pytest.raises(ConfigError, match=re.escape(f"{name} for true, {off} for false")):
+                    parse(config, words, prog=command, description=description)
+
+
+def test_booleans_without_a_value_are_as_they_were(tmp_path: Path) -> None:
+    config, _, _ = _load("convert import", COMMANDS["convert import"])
+
+    def flags(*words: str) -> tuple[bool, str, str]:
+        made = parse(config, words, prog="p", description="d")
+        return made.overwrite, str(made.hf_dir), str(made.out)
+
+    assert flags("--overwrite", "1", "0") == (True, "1", "0")  # folders of these names
+    assert flags("a", "true", "--no-overwrite") == (False, "a", "true")
+    assert parse(Run, ["--data", "true", "--layout.tensor", "2", "--layout.sequence"], prog="p", description="d").layout
+    with pytest.raises(ConfigError, match=r"--layout\.no_sequence for false"):
+        parse(Run, ["--layout.sequence", "off", "--data", "x"], prog="p", description="d")
