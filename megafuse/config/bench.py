@@ -71,7 +71,7 @@ class BenchConfig(Config):
     """Measured steps of each kind; their median counts."""
     warmup: int = Field(2, ge=0)
     """Steps of each kind before them: compilation, allocation, the optimizer's state."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=1 << 62)
     """Which prompts, which borrowed responses, which token ids, which weights."""
 
     @model_validator(mode="after")

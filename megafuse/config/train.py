@@ -236,7 +236,7 @@ class TrainConfig(Config):
     """Passes over the data set; the last batch of a pass may be smaller."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after this many optimizer steps; the schedule is laid out for the shorter run."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=1 << 62)
     """Order of the groups."""
     on_nonfinite: Literal["halt", "skip", "rollback"] = "halt"
     """A NaN or infinite loss or gradient: stop with exit code 86; skip the update on every rank and go on; or go back

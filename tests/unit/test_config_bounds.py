@@ -70,6 +70,7 @@ ARGUMENTS = ["--run_dir", "run", "--model.path", "m", "--data.dataset", "d", "--
         (["--optim.lr", "1", "--optim.eps", "1e-46"], ["optim.eps = 1e-46"]),
         (["--optim.lr", "1", "--guard.spike_factor", "nan"], ["guard.spike_factor = nan", "finite"]),
         (["--optim.lr", "1", "--guard.hang_seconds", "1e12"], ["guard.hang_seconds = 1000000000000.0"]),
+        (["--optim.lr", "1", "--seed", str(1 << 63)], [f"seed = {1 << 63}", "less than"]),  # torch takes 64 bits
     ],
 )
 def test_the_message_names_field_and_value(given: list[str], words: list[str]) -> None:
