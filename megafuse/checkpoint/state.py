@@ -103,8 +103,7 @@ def load_run(engine: Engine, topology: Topology, folder: Path, *, same_layout: b
     keep_what_is_not_loaded(engine.optimizer)
     engine.optimizer.load_state_dict(adam)
     unshare_steps(engine.optimizer)
-    engine.scheduler.num_steps = 0  # loading advances by the stored count
-    engine.scheduler.load_state_dict(loaded["scheduler"])
+    engine.go_on(loaded["scheduler"])
     if same_layout:
         restore_rng(loaded["rng"])
 
