@@ -173,6 +173,26 @@ def test_optimizer_and_schedule(inputs: Path, tmp_path: Path, field: str, monkey
     assert weights(tmp_path / "run") != weights(inputs / "sft-whole")
 
 
+@pytest.mark.parametrize("distributed", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_optimizer_takes_all_of_them(
+    inputs: Path, tmp_path: Path, distributed: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = {"model": {"precision": precision}}
+    train(config(inputs, tmp_path / "half" / "sft-half", "sft", **here, optim={"distributed": distributed}, max_steps=2))
+    shutil.copytree(inputs / "sft", tmp_path / "half" / "sft")
+    (tmp_path / "half" / "model").symlink_to(inputs / "model")
+    optim = {name: value for field in OPTIM if field.startswith("optim.") for name, value in OPTIM[field].items()}
+    moved = ("model.path", "data.dataset")
+    changes = {"optim": {**optim, "distributed": distributed}, "allow_change": (*OPTIM, *moved), **here}
+    seen = go_on(tmp_path / "half", tmp_path / "run", "sft", changes, monkeypatch)
+    asked = config(inputs, tmp_path / "run", "sft", **changes).optim
+    for update, (_, found) in enumerate(seen, DONE):
+        assert found == {"lr": pytest.approx(rate(update, 4, asked), rel=1e-12, abs=0), "weight_decay": 0.5,
+                         "betas": (0.5, 0.9), "eps": 1e-2, "clip_grad": 1e-3}  # fmt: skip
+    assert len(seen) == 2
+
+
 def test_a_warm_up_that_is_taken_away(inputs: Path, tmp_path: Path) -> None:
     """The schedule with one is a unit ahead of the updates, without one it is not."""
     first = config(inputs, tmp_path / "run", "sft", optim={"warmup_ratio": 0.5}, max_steps=2)
