@@ -12,6 +12,7 @@ from megafuse.checkpoint.state import load_model, load_run, model_state
 from megafuse.checkpoint.verify import newest_trusted, verify
 from megafuse.config.train import TrainConfig
 from megafuse.errors import ConfigError
+from megafuse.model.arch import ModelArch, read_arch, told_differences
 from megafuse.parallel.topology import Topology
 from megafuse.training.optim import Engine
 
@@ -50,14 +51,30 @@ class Keeper:
             self._trusted.add(folder)
         load_model(model, self.topology, folder)
 
+    def refuse_unfit(self, folder: Path, arch: ModelArch) -> None:
+        """Raise ConfigError where a run of the model `arch` cannot go on from its verified checkpoint `folder`."""
+
+        def look() -> None:
+            manifest = folders.read_manifest(folder)
+            if not manifest["optimizer"]:
+                older = [step for step in folders.complete_steps(self.root) if step < manifest["step"]]
+                raise ConfigError(
+                    f"{folder} holds no optimizer state (checkpoint.final_optimizer = false), so this run cannot be "
+                    "made longer; start a new run from it with model.path"
+                    + (f", or remove it, and the run goes on from step {older[-1]}" if older else "")
+                )
+            if (folder / "hf" / "config.json").is_file() and (differ := arch.differing(read_arch(folder))):
+                raise ConfigError(
+                    f"model.path = {self.config.model.path} is another model than the one that {folder} was trained as "
+                    f"({told_differences(differ)}); give the folder that the run began with, or begin in another "
+                    "run_dir"
+                )
+
+        self.topology.on_rank_zero(look)
+
     def resume(self, engine: Engine, folder: Path) -> dict[str, Any]:
         """Bring `engine` to the state of a verified checkpoint of this run; returns its manifest."""
         manifest: dict[str, Any] = self.topology.on_rank_zero(lambda: folders.read_manifest(folder))
-        if not manifest["optimizer"]:
-            raise ConfigError(
-                f"{folder} holds no optimizer state (checkpoint.final_optimizer = false), so this run cannot be made "
-                f"longer; start a new run from it with model.path"
-            )
         load_run(engine, self.topology, folder, same_layout=manifest["layout"] == self._layout())
         self.say(f"resumed from {folder}")
         return manifest

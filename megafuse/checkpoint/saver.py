@@ -1,6 +1,7 @@
 """When checkpoints are written, and what a failed one means: the run goes on, tries again, or stops.
 
-A save has three parts. Planning is collective and fast; writing is each rank's own; committing (metadata, manifest,
+A save begins with a look at every number that it would hold: a state that is not finite is not saved. Then it has three
+parts. Planning is collective and fast; writing is each rank's own; committing (metadata, manifest,
 rename, LATEST, pruning) is rank 0's, once every rank has told what it wrote. With `checkpoint.async_save` the writing
 is a background process's, and the commit follows at the first step that finds all ranks done.
 """
@@ -13,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from megafuse.checkpoint import folder as folders
+from megafuse.checkpoint.finite import named_tensors, non_finite, shortened
 from megafuse.checkpoint.keeper import Keeper
 from megafuse.checkpoint.state import run_state
 from megafuse.checkpoint.writer import Background, Plan, finish_save, plan_save, write_files
@@ -101,6 +103,8 @@ class Saver:
         Raises:
             StorageError: it could not be written, and `checkpoint.on_save_error`, `must` or
                 `checkpoint.max_unsaved_steps` leave no other way.
+            NonFiniteError, RollBack: a parameter, master weight or moment is NaN or infinite, on any rank; nothing of
+                this step is written.
         """
         self.finish()
         if not (must or self.due(step)):
@@ -113,10 +117,10 @@ class Saver:
         folder = keeper.root / f"{folders.step_name(step)}.tmp"
         try:
             keeper.preflight(engine, optimizer=optimizer)
+            state = run_state(engine, keeper.topology, optimizer=optimizer, loading=False)
+            self._refuse_non_finite(state, step)
             keeper.topology.on_rank_zero(lambda: folders.begin(keeper.root, step))
-            plan = plan_save(
-                run_state(engine, keeper.topology, optimizer=optimizer, loading=False), folder, keeper.topology
-            )
+            plan = plan_save(state, folder, keeper.topology)
             facts = {**keeper.facts(step, optimizer=optimizer), **facts}
             flight = _Flight(step, plan, facts, Background(plan) if background else None)
             if background:
@@ -125,6 +129,21 @@ class Saver:
                 self._commit(flight)
         except (OSError, StorageError) as error:
             self._failed(step, folder, error, final=must, background=False)
+
+    def _refuse_non_finite(self, state: dict[str, Any], step: int) -> None:
+        """The update before it may have been sound, in loss and gradient: what it made of the weights is looked at here."""
+        keeper = self.keeper
+        if not (names := non_finite(named_tensors(state), keeper.topology)):
+            return
+        good = keeper.topology.on_rank_zero(lambda: folders.complete_steps(keeper.root))
+        facts = f"step {step}: no checkpoint is written, these are NaN or infinite: {shortened(names)}"
+        if keeper.config.on_nonfinite == "rollback":
+            raise RollBack(step, facts)
+        left = f"The newest good one is of step {good[-1]}, and a new start goes on from it" if good else "There is none"
+        raise NonFiniteError(
+            f"{facts}. {left}. Lower optim.lr (--allow_change optim.lr), look at the data since then, or set "
+            "on_nonfinite = 'rollback', which leaves out the batch of this step"
+        )
 
     def _commit(self, flight: _Flight) -> None:
         keeper, plan = self.keeper, flight.plan

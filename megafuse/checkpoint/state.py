@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.serialization import (
 )
 
 from megafuse.checkpoint import relayout
+from megafuse.checkpoint.finite import named_tensors, non_finite, shortened
 from megafuse.checkpoint.optimizer_state import (
     fill_empty_state,
     is_fused,
@@ -22,6 +23,7 @@ from megafuse.checkpoint.optimizer_state import (
     steps_on_host,
     unshare_steps,
 )
+from megafuse.errors import IntegrityError
 from megafuse.parallel.topology import Topology
 from megafuse.training.optim import Engine
 
@@ -75,16 +77,30 @@ def save_state(state: dict[str, Any], folder: Path) -> None:
 
 
 def load_model(model: list[Any], topology: Topology, folder: Path) -> None:
-    """Load weights only, from a checkpoint of any layout, imported or trained, or a Hugging Face folder. Collective."""
+    """Load weights only, from a checkpoint of any layout, imported or trained, or a Hugging Face folder. Collective.
+
+    Raises:
+        IntegrityError: the folder holds another model, or weights that are NaN or infinite.
+    """
     if not (folder / ".metadata").is_file():
         from megafuse.converters.direct import load_hf_into
 
         load_hf_into(model, topology, folder)
-        return
-    loaded = dist_checkpointing.load(
-        model_state(model, topology), str(folder), get_default_load_sharded_strategy(str(folder))
-    )
-    _load_chunks(model, loaded)
+    else:
+        loaded = dist_checkpointing.load(
+            model_state(model, topology), str(folder), get_default_load_sharded_strategy(str(folder))
+        )
+        _load_chunks(model, loaded)
+    refuse_non_finite_weights(model, topology, folder)
+
+
+def refuse_non_finite_weights(model: list[Any], topology: Topology, folder: Path) -> None:
+    """Raise IntegrityError where the weights that were loaded from `folder` are not all numbers. Collective."""
+    if names := non_finite(named_tensors(model_state(model, topology)), topology):
+        raise IntegrityError(
+            f"{folder} holds weights that are NaN or infinite: {shortened(names)}; restore it, or take another (of a "
+            "run's own checkpoints: remove it, and the run goes on from the one before)"
+        )
 
 
 def load_run(engine: Engine, topology: Topology, folder: Path, *, same_layout: bool) -> None:
@@ -100,11 +116,11 @@ def load_run(engine: Engine, topology: Topology, folder: Path, *, same_layout: b
     loaded = dist_checkpointing.load(state, str(folder), get_default_load_sharded_strategy(str(folder)))
     adam = relayout.complete(loaded["adam"], wanted, stored, fused=is_fused(engine.optimizer))
     _load_chunks(engine.bare, loaded)
+    refuse_non_finite_weights(engine.bare, topology, folder)
     keep_what_is_not_loaded(engine.optimizer)
     engine.optimizer.load_state_dict(adam)
     unshare_steps(engine.optimizer)
-    engine.scheduler.num_steps = 0  # loading advances by the stored count
-    engine.scheduler.load_state_dict(loaded["scheduler"])
+    engine.go_on(loaded["scheduler"])
     if same_layout:
         restore_rng(loaded["rng"])
 

@@ -74,7 +74,7 @@ class VerifyConfig(Config):
     """Length of the sequence whose logits are compared. None: past the model's window and rope scaling's knee."""
     tolerance: Annotated[float, Field(gt=0)] = 1e-5
     """Largest difference of logits that passes, as a share of the largest logit."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, le=1 << 62)] = 0
     """Of the random tokens."""
     block_mb: Annotated[int, Field(ge=1, le=1 << 16)] = 64
     """MiB compared at a time; bounds the memory."""

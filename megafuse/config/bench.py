@@ -23,7 +23,7 @@ class BenchDataConfig(Config):
     """Data set folder written by `megafuse build`, or scored answers (.jsonl, .jsonl.gz)."""
     tokenizer: Path | None = None
     """Scored answers: Hugging Face folder to count tokens with, chat template included. None: by bytes."""
-    bytes_per_token: float = Field(4.0, gt=0, allow_inf_nan=False)
+    bytes_per_token: float = Field(4.0, gt=0)
     """Scored answers without a tokenizer: tokens are UTF-8 bytes / this, rounded up; a response has one more, its
     end of turn."""
     max_length: int = Field(2048, ge=2)
@@ -71,7 +71,7 @@ class BenchConfig(Config):
     """Measured steps of each kind; their median counts."""
     warmup: int = Field(2, ge=0)
     """Steps of each kind before them: compilation, allocation, the optimizer's state."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=1 << 62)
     """Which prompts, which borrowed responses, which token ids, which weights."""
 
     @model_validator(mode="after")

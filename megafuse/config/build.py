@@ -57,15 +57,15 @@ class BuildConfig(Config):
     """sft: top_k_all (auto), top1_per_source, single_best. pair, rloo: per_source (auto), top1 (SFT+PO baseline)."""
     k: int | None = Field(None, ge=1)
     """Responses (top_k_all: 4 where None) or sources (otherwise: all where None) kept a prompt, by highest reward."""
-    alpha: float | None = Field(None, gt=0, allow_inf_nan=False)
+    alpha: float | None = Field(None, gt=0)
     """Temperature of the weights, in units of the reward. None: 1e-2 for sft, 5e-3 for pair and rloo. SimPO: 1e-3."""
     weighting: Literal["softmax", "uniform"] = "softmax"
     """softmax: Eq. 8 of FuseRL. uniform: all terms of a prompt weigh the same."""
     reward_field: str = Field("reward", min_length=1)
     """Key of a response that holds its reward."""
-    min_gap: float | None = Field(None, ge=0, allow_inf_nan=False)
+    min_gap: float | None = Field(None, ge=0)
     """Smallest reward gap of a pair, in units of the reward (FuseChat-3.0: 0.01). None: any but a tie."""
-    max_gap: float | None = Field(None, ge=0, allow_inf_nan=False)
+    max_gap: float | None = Field(None, ge=0)
     """Largest reward gap of a pair (FuseChat-3.0: 0.1). None: no bound."""
     use_correct: bool = False
     """Where responses are graded (`correct`): sft takes correct ones only, pair takes correct against incorrect."""

@@ -35,15 +35,15 @@ class LossConfig(Config):
 
     name: Literal["sft", "dpo", "ln_dpo", "simpo", "rloo", "wrpo"]
     """sft: FuseSFT or plain SFT. The others are FusePO with that preference loss; see megafuse.losses."""
-    beta: float | None = Field(None, gt=0, allow_inf_nan=False)
+    beta: float | None = Field(None, gt=0)
     """dpo, ln_dpo, simpo, wrpo (required): scale of the implicit reward. FuseChat-3.0: 0.01 for dpo, 10 for ln_dpo."""
-    gamma: float | None = Field(None, ge=0, allow_inf_nan=False)
+    gamma: float | None = Field(None, ge=0)
     """simpo (required): target margin, subtracted inside the sigmoid; not its ratio to beta."""
     label_smoothing: float | None = Field(None, ge=0, lt=0.5)
     """dpo, ln_dpo, simpo, wrpo: probability that a preference label is flipped. Default 0."""
     reduction: Literal["sequence_mean", "sequence_sum", "token_mean"] | None = None
     """sft: mean NLL of a response, its sum, or weighted mean over tokens. Default sequence_mean."""
-    beta_kl: float | None = Field(None, ge=0, allow_inf_nan=False)
+    beta_kl: float | None = Field(None, ge=0)
     """rloo (required): weight of the KL penalty in the reward. The paper searched 1e-4 to 1e-1."""
     surrogate: Literal["reinforce", "clipped_ratio"] | None = None
     """rloo: A * log pi, or PPO's clipped ratio to the reference. Default reinforce."""

@@ -37,7 +37,7 @@ class ParityConfig(Config):
     """Responses of every source; None: few, and unevenly many."""
     response_tokens: int = Field(12, ge=1)
     """Tokens of the longest response; the shortest have one."""
-    seed: int | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=0, le=1 << 62)
     """Of the random model and data; None: a fresh one, printed."""
     tolerance: float | None = Field(None, gt=0)
     """Largest difference that passes: of the loss, of a log-prob relative to the largest, of a parameter's gradient

@@ -19,9 +19,9 @@ class DomainRule(Config):
     correct: Literal["ignore", "required"] = "ignore"
     """required: sft takes correct responses only, pair takes correct against incorrect ones of a source, and a prompt
     without a grade, or whose responses have all failed, is left out."""
-    min_gap: float | None = Field(None, ge=0, allow_inf_nan=False)
+    min_gap: float | None = Field(None, ge=0)
     """Smallest reward gap of a pair, itself allowed. None: any but a tie."""
-    max_gap: float | None = Field(None, ge=0, allow_inf_nan=False)
+    max_gap: float | None = Field(None, ge=0)
     """Largest reward gap of a pair, itself allowed. None: no bound."""
     sources: tuple[str, ...] = ()
     """Take only responses of these sources. Empty: all."""

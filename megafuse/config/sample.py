@@ -60,7 +60,7 @@ class SampleConfig(Config):
     """server: its address."""
     api_key_env: str = "OPENAI_API_KEY"
     """server: environment variable that holds the key."""
-    request_seconds: float = Field(600.0, gt=0)
+    request_seconds: float = Field(600.0, gt=0, le=1e9)
     """server: time for one request."""
     retries: int = Field(5, ge=0)
     """server: further tries of a request."""

@@ -49,16 +49,16 @@ class ScoreConfig(Config):
     """judge: a text with {prompt} and {response} that asks for "Rating: [[number]]". None: 1 to 10, general quality."""
     api_key_env: str = "OPENAI_API_KEY"
     """judge: environment variable that holds the key."""
-    request_seconds: float = Field(120.0, gt=0)
+    request_seconds: float = Field(120.0, gt=0, le=1e9)
     """judge: time for one request."""
     retries: int = Field(5, ge=0)
     """judge: further tries of a request."""
 
     workers: int = Field(4, ge=1)
     """Answers verified, programs run or judgements asked for at a time."""
-    math_seconds: float = Field(20.0, gt=0)
+    math_seconds: float = Field(20.0, gt=0, le=1e9)
     """After which a mathematics answer has no verdict (`correct` null)."""
-    code_seconds: float = Field(10.0, gt=0)
+    code_seconds: float = Field(10.0, gt=0, le=1e9)
     """After which a program has failed."""
     code_memory: int = Field(1 << 30, ge=1 << 26)
     """Bytes of memory of one process of a program."""

@@ -113,7 +113,7 @@ class OptimConfig(Config):
     lr: float = Field(gt=0)
     """Peak learning rate."""
     min_lr: float = Field(0.0, ge=0)
-    """Learning rate at the end of the schedule."""
+    """Learning rate at the end of the schedule, at most `lr`. A constant schedule has no use for it."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Decay after the warm-up."""
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
@@ -124,12 +124,21 @@ class OptimConfig(Config):
     """AdamW first-moment decay."""
     beta2: float = Field(0.999, ge=0, lt=1)
     """AdamW second-moment decay."""
-    eps: float = Field(1e-8, gt=0)
-    """AdamW epsilon."""
+    eps: float = Field(1e-8, ge=1e-37)
+    """AdamW epsilon; fp32 would make zero of a smaller one."""
     clip_grad: float = Field(1.0, ge=0)
     """Global gradient-norm limit; 0 switches clipping off."""
     distributed: bool = True
     """Shard optimizer state over the data-parallel ranks (ZeRO-1)."""
+
+    @model_validator(mode="after")
+    def _falls(self) -> "OptimConfig":
+        if self.min_lr > self.lr:
+            raise ValueError(
+                f"optim.min_lr = {self.min_lr} is above optim.lr = {self.lr}; the schedule goes from lr down to "
+                "min_lr: lower one, or raise the other"
+            )
+        return self
 
 
 class CheckpointConfig(Config):
@@ -178,7 +187,7 @@ class HeldOutConfig(Config):
 class GuardConfig(Config):
     """What the run watches for beside NaN. See docs/reliability.md."""
 
-    hang_seconds: float = Field(600.0, ge=0)
+    hang_seconds: float = Field(600.0, ge=0, le=1e9)
     """Without progress for so long a rank dumps its stacks and the job ends with exit code 75; 0 never. The first step
     and saves get three times as long."""
     spike_factor: float | None = Field(None, gt=1)
@@ -227,7 +236,7 @@ class TrainConfig(Config):
     """Passes over the data set; the last batch of a pass may be smaller."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after this many optimizer steps; the schedule is laid out for the shorter run."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=1 << 62)
     """Order of the groups."""
     on_nonfinite: Literal["halt", "skip", "rollback"] = "halt"
     """A NaN or infinite loss or gradient: stop with exit code 86; skip the update on every rank and go on; or go back

@@ -4,8 +4,13 @@ Nothing here knows a layout, a runtime or a weight. `read_arch` is the one way i
 `megafuse.converters.hf_config`, so every number below was understood, not defaulted.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
+
+NOT_IN_NUMBERS = ("torch_dtype", "max_position_embeddings")
+"""Fields of a ModelArch that change no number that the model computes."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +102,22 @@ class ModelArch:
     sandwich_norms: bool = False
     zero_centred_norms: bool = False
 
+    def differing(self, other: "ModelArch") -> dict[str, tuple[Any, Any]]:
+        """The fields in which `other` gives other numbers for the same weights, or has others: {name: (own, other's)}.
+
+        What the weights are stored in, and how long a sequence the model claims to take, are not among them.
+        """
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        return {name: pair for name, pair in pairs.items() if name not in NOT_IN_NUMBERS and pair[0] != pair[1]}
+
     def window_of(self, layer: int) -> int | None:
         """The window of a layer (from 0); None where it sees everything before it."""
         return self.window if layer in self.window_layers else None
+
+
+def told_differences(differ: Mapping[str, tuple[Any, Any]]) -> str:
+    """What `ModelArch.differing` has found, on one line."""
+    return ", ".join(f"{name}: {own!r} and {other!r}" for name, (own, other) in differ.items())
 
 
 def read_arch(path: str | Path) -> ModelArch:

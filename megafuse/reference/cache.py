@@ -11,7 +11,7 @@ from megafuse.data.parts import response_places
 from megafuse.data.types import Part
 from megafuse.errors import IntegrityError
 from megafuse.observe.manifest import atomic_file, read_manifest_of, utc_now, versions, write_json_atomic
-from megafuse.reference.digest import require_match, settings_precision
+from megafuse.reference.digest import ARCHITECTURE, require_match, settings_precision
 
 FORMAT = "megafuse-reference/1"
 
@@ -88,6 +88,11 @@ def began_precision(folder: Path) -> str | None:
     """The precision of the cache, finished or not, in `folder`; None where there is no readable one."""
     found = _manifest(folder)
     return None if found is None else settings_precision(found["digest"].get("settings", ""))
+
+
+def has_architecture(folder: Path) -> bool:
+    """Whether `folder` holds a finished cache whose key says under which architecture it was computed."""
+    return is_complete(folder) and ARCHITECTURE in read_manifest_of(folder, FORMAT)["digest"]
 
 
 def require_key(folder: Path, expected: dict[str, str], *, advice: str) -> None:

@@ -149,3 +149,42 @@ def _wrong_once(rank: int, step: int, where: str) -> Any:
         return train_step(engine, *args, **kwargs)
 
     return wrong
+
+
+def spoil_states(cases: list[tuple[Any, int, int, str]]) -> list[str]:
+    """Train each (config, rank, step, what) in turn in the joined world; once, after update `step`, spoil `rank`'s state.
+
+    what: a `weight` of the final norm becomes NaN, its `master` weight in fp32 or its first `moment` infinite; with
+    `stop` all ranks are asked to stop in that step too, and their weight is NaN. Returns the error of each, or nothing.
+    """
+    return [error_with_step(config, _spoiled_once(rank, step, what)) for config, rank, step, what in cases]
+
+
+def _spoiled_once(rank: int, step: int, what: str) -> Any:
+    import os
+    import signal
+
+    import torch.distributed as dist
+
+    from megafuse.training.step import train_step
+
+    count = [0]
+
+    def spoiling(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        if count[0] == step and what == "stop":
+            os.kill(os.getpid(), signal.SIGUSR1)
+        result = train_step(engine, *args, **kwargs)
+        if count[0] != step or dist.get_rank() != rank:
+            return result
+        if what in ("weight", "stop"):
+            param = next(p for n, p in engine.bare[0].named_parameters() if "final_layernorm" in n)
+            param.data[0] = float("nan")
+            return result
+        (part,) = getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
+        main = next(p for group in part.optimizer.param_groups for p in group["params"] if p.numel())
+        target = main.data if what == "master" else part.optimizer.state[main]["exp_avg"]
+        target.view(-1)[0] = float("inf")
+        return result
+
+    return spoiling

@@ -1,5 +1,6 @@
 """DDP, AdamW and the learning-rate schedule, all megatron-core's."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,16 @@ class Engine:
     def lr(self) -> float:
         """Learning rate of the coming update."""
         return float(self.optimizer.param_groups[0]["lr"])
+
+    def go_on(self, stored: Mapping[str, Any]) -> None:
+        """Take from `stored`, the schedule's state in a checkpoint, the number of updates made so far, and no more.
+
+        The rest follows from this start's configuration, which may ask for another rate, decay or length than the one
+        that wrote the checkpoint (`allow_change`). megatron-core's own loading would go on with the old ones, or refuse.
+        """
+        updates = int(stored["num_steps"]) - _shift(stored["lr_warmup_steps"])
+        self.scheduler.num_steps = 0
+        self.scheduler.step(updates + _shift(self.scheduler.lr_warmup_steps))
 
     def clip(self, grad_norm: float) -> None:
         """Scale gradients whose global norm is `grad_norm` down to the limit."""
@@ -127,7 +138,7 @@ def _schedule(optimizer: Any, config: OptimConfig, total_steps: int) -> Optimize
     the last one is one step short of `min_lr`: no update is wasted on a rate of zero.
     """
     warmup = round(config.warmup_ratio * total_steps)
-    shift = 1 if warmup else 0
+    shift = _shift(warmup)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -140,8 +151,11 @@ def _schedule(optimizer: Any, config: OptimConfig, total_steps: int) -> Optimize
         end_wd=config.weight_decay,
         wd_incr_steps=total_steps,
         wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=True,
     )
-    if shift:
-        scheduler.step(shift)
+    scheduler.step(shift)
     return scheduler
+
+
+def _shift(warmup: int) -> int:
+    """Units that the schedule is ahead of the updates: see `_schedule`."""
+    return 1 if warmup else 0

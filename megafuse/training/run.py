@@ -3,16 +3,15 @@
 import contextlib
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megafuse.checkpoint.folder import complete_steps
 from megafuse.checkpoint.keeper import Keeper
 from megafuse.checkpoint.lock import RunLock, acquire
 from megafuse.checkpoint.saver import Saver
-from megafuse.config.drift import CONFIG_FILE, began_precision, refuse_drift
+from megafuse.config.drift import began_precision, bind, find_drift, refuse_bound
 from megafuse.config.train import TrainConfig
 from megafuse.data.dataset import GroupDataset
 from megafuse.data.rows import RowPlanner, check_vocabulary, row_planner
@@ -25,7 +24,7 @@ from megafuse.parallel.layouts import check_layout
 from megafuse.parallel.precision import BEGAN, settled
 from megafuse.parallel.topology import Topology, layout, process_groups, world_size_here
 from megafuse.parallel.tp_overlap import user_buffers
-from megafuse.reference.cache import ReferenceLogps, is_complete, read_cache
+from megafuse.reference.cache import ReferenceLogps, is_complete, read_cache, require_key
 from megafuse.reference.cache import began_precision as cache_precision
 from megafuse.reference.compute import write_reference
 from megafuse.reference.digest import reference_digest
@@ -35,6 +34,7 @@ from megafuse.training.loop import Loop
 from megafuse.training.optim import wrap_for_training
 from megafuse.training.outcome import clear_outcome
 from megafuse.training.signals import StopRequest
+from megafuse.training.start import HELD_OUT, REFERENCE, refuse_other_architecture, same_content
 
 
 def train(config: TrainConfig) -> Path:
@@ -47,6 +47,7 @@ def train(config: TrainConfig) -> Path:
     data = GroupDataset(config.data.dataset)
     loss = make_loss(config.loss)
     check_data(data, arch, loss)
+    refuse_other_architecture(config, arch, needs_reference=loss.needs_reference)
     backend = choose_backend(
         config.model,
         config.parallel,
@@ -97,6 +98,7 @@ class _Run:
     planner: RowPlanner
     topology: Topology
     given: ReferenceLogps | None = None  # the log-probs at `reference.path`, once they are read
+    digests: dict[Path, dict[str, str]] = field(default_factory=dict)  # see `_digest`; each takes a pass over weights
 
     def run(self) -> Path:
         config, topology = self.config, self.topology
@@ -112,23 +114,31 @@ class _Run:
 
     def _locked(self, lock: RunLock | None) -> Path:
         config, topology = self.config, self.topology
+        # first what may refuse, then `bind`: a start that is refused leaves the run folder as it was
         sampler = BatchSampler(len(self.data), config.global_batch_size, config.epochs, config.seed)
         total = min(sampler.total_steps, config.max_steps or sampler.total_steps)
-        steps = topology.on_rank_zero(lambda: complete_steps(config.run_dir / "checkpoints"))
-        if topology.on_rank_zero(lambda: not (config.run_dir / CONFIG_FILE).is_file()):
-            self.given = self._given_reference()  # before the folder binds: a path that does not fit binds nothing
-        changes = topology.on_rank_zero(lambda: refuse_drift(config, max(steps, default=0)))
+        changed = topology.on_rank_zero(lambda: find_drift(config))
         keeper = Keeper(config, topology, self.data.manifest["digest"]["data"], self._say)
-        newest = keeper.newest()
-        if newest and newest[1] >= total:
-            self._say(f"{config.run_dir} is complete: {newest[0]}")
-            return newest[0]
+        newest, done = keeper.newest() or (None, 0)
+        complete = done >= total
+        if newest is not None:
+            same = partial(same_content, newest)
+            topology.on_rank_zero(lambda: refuse_bound(changed, done, same))
+            if not complete:
+                keeper.refuse_unfit(newest, self.arch)
+        if not complete:
+            self.given = self._given_reference()
+        if newest is not None and complete:
+            unused = f"; nothing is left for {', '.join(changed)} to act on" if changed else ""
+            self._say(f"{config.run_dir} is complete: {newest}{unused}")
+            return newest
+        changes = topology.on_rank_zero(lambda: bind(config, changed, done))
         overlap = self.backend.policy.tp_comm_overlap
         with (
             StopRequest(config.run_dir) as stop,
             user_buffers(overlap, topology, row_tokens=self.planner.budget, hidden=self.arch.hidden_size),
         ):
-            return self._train(sampler, keeper, newest and newest[0], total, lock, stop, changes)
+            return self._train(sampler, keeper, newest, total, lock, stop, changes)
 
     def _train(
         self,
@@ -143,9 +153,9 @@ class _Run:
         config, topology = self.config, self.topology
         model = build_model(self.arch, config.parallel, topology, self.backend, recompute=config.model.recompute)
         self._say(f"world {topology.world_size} on {topology.device.type}, {self.backend}, {total} steps")
-        reference = self.given or self._given_reference()
+        reference = self.given
         if reference is None:
-            reference = self._reference(model, keeper, self.data, self.planner, "reference")
+            reference = self._reference(model, keeper, self.data, self.planner, REFERENCE)
         held_out = self._held_out(model, keeper)
         if newest is None:
             keeper.load_model(model, config.model.path)
@@ -189,16 +199,23 @@ class _Run:
         check_data(data, self.arch, self.loss)
         self.topology.on_rank_zero(lambda: refuse_trained_prompts(data, self.data))
         planner = row_planner(config, data, self.arch, self.topology.world_size, self.backend)
-        reference = self._reference(model, keeper, data, planner, "held_out_reference")
+        reference = self._reference(model, keeper, data, planner, HELD_OUT)
         return HeldOut(data, planner, reference, batch=config.global_batch_size)
 
     def _given_reference(self) -> ReferenceLogps | None:
-        """Reference log-probs from the cache at `reference.path`; None where there is none or none is needed."""
-        path = self.config.reference.path
-        if path is None or not self.loss.needs_reference:
+        """Reference log-probs from the cache at `reference.path`; None where there is none or none is needed.
+
+        Raises IntegrityError where that, or what the run itself has begun to compute, is of something else.
+        """
+        path, own = self.config.reference.path, self.config.run_dir / REFERENCE
+        if not self.loss.needs_reference:
+            return None
+        digest = self._digest(self.data)
+        if path is None:
+            self.topology.on_rank_zero(lambda: require_key(own, digest, advice=_again(own)))
             return None
         flat, offsets = self.data.response_lengths
-        return read_cache(path, self._digest(self.data), offsets, flat)
+        return read_cache(path, digest, offsets, flat)
 
     def _reference(
         self, model: list[Any], keeper: Keeper, data: GroupDataset, planner: RowPlanner, name: str
@@ -208,6 +225,7 @@ class _Run:
         if not self.loss.needs_reference:
             return None
         source, digest, folder = self._reference_model, self._digest(data), config.run_dir / name
+        self.topology.on_rank_zero(lambda: require_key(folder, digest, advice=_again(folder)))
         if not self.topology.on_rank_zero(lambda: is_complete(folder)):
             keeper.load_model(model, source)
             write_reference(
@@ -224,4 +242,12 @@ class _Run:
     def _digest(self, data: GroupDataset) -> dict[str, str]:
         """The key of the reference log-probs of `data`. Collective."""
         source, precision = self._reference_model, self.config.model.precision
-        return self.topology.on_rank_zero(lambda: reference_digest(source, data.manifest, precision=precision))
+        if data.path not in self.digests:
+            self.digests[data.path] = self.topology.on_rank_zero(
+                lambda: reference_digest(source, data.manifest, precision=precision)
+            )
+        return self.digests[data.path]
+
+
+def _again(folder: Path) -> str:
+    return f"remove {folder} to have it computed again"

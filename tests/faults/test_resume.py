@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from megafuse.checkpoint.folder import complete_steps, read_manifest, step_name
+from megafuse.config.drift import bind, find_drift
 from megafuse.config.load import dump_toml
 from megafuse.config.train import TrainConfig
 from megafuse.converters.importer import import_hf
@@ -108,21 +109,21 @@ def test_a_run_folder_refuses_another_configuration(inputs: Path, tmp_path: Path
     first = config(inputs, tmp_path / "run", max_steps=2, precision="fp32")
     run_distributed(run_trainings, 1, [first])
     other = config(inputs, tmp_path / "run", max_steps=2, precision="fp32", seed=9)
-    from megafuse.config.drift import refuse_drift
-
     with pytest.raises(ConfigError, match=r"seed: began with 0, now 9"):
-        refuse_drift(other)
-    refuse_drift(first.model_copy(update={"on_nonfinite": "skip"}))
+        find_drift(other)
+    assert find_drift(first.model_copy(update={"on_nonfinite": "skip"})) == {}
     with pytest.raises(ConfigError, match=r"'sed' is no field; did you mean 'seed'"):
-        refuse_drift(other.model_copy(update={"allow_change": ("sed",)}))
-    longer = other.model_copy(update={"allow_change": ("seed", "max_steps"), "max_steps": 3})
+        find_drift(other.model_copy(update={"allow_change": ("sed",)}))
+    loss = first.loss.model_copy(update={"beta": 0.1})
+    longer = first.model_copy(update={"allow_change": ("loss.beta", "max_steps"), "max_steps": 3, "loss": loss})
     run_distributed(run_trainings, 1, [longer])
-    (steps, seed) = read_manifest(first.run_dir / "checkpoints" / step_name(3))["changes"]
-    assert (seed["field"], seed["began"], seed["now"], seed["after_step"]) == ("seed", 0, 9, 2)
+    (beta, steps) = read_manifest(first.run_dir / "checkpoints" / step_name(3))["changes"]
+    assert (beta["field"], beta["began"], beta["now"], beta["after_step"]) == ("loss.beta", 0.3, 0.1, 2)
     assert (steps["field"], steps["began"], steps["now"]) == ("max_steps", 2, 3)
-    assert refuse_drift(longer.model_copy(update={"allow_change": ()})) == [steps, seed]  # from here on the usual
-    with pytest.raises(ConfigError, match=r"seed: began with 9, now 0"):
-        refuse_drift(first)
+    usual = longer.model_copy(update={"allow_change": ()})  # from here on
+    assert find_drift(usual) == {} and bind(usual, {}, 3) == [beta, steps]
+    with pytest.raises(ConfigError, match=r"loss.beta: began with 0.1, now 0.3"):
+        find_drift(first)
 
 
 def test_a_damaged_checkpoint_is_named(inputs: Path, tmp_path: Path) -> None:

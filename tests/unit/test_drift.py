@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megafuse.config.drift import CONFIG_FILE, FREE, refuse_drift
+from megafuse.config.drift import CONFIG_FILE, FREE, bind, find_drift
 from megafuse.config.train import TrainConfig
 from megafuse.errors import ConfigError
 
@@ -48,17 +48,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize("changes", ALLOWED.values(), ids=ALLOWED)
 def test_how_and_where_a_run_is_computed_may_change(tmp_path: Path, changes: dict[str, Any]) -> None:
-    refuse_drift(config(tmp_path))
+    bind(config(tmp_path), {}, 0)
     before = (tmp_path / CONFIG_FILE).read_bytes()
-    refuse_drift(config(tmp_path, **changes))
+    assert find_drift(config(tmp_path, **changes)) == {}
+    bind(config(tmp_path, **changes), {}, 1)
     assert (tmp_path / CONFIG_FILE).read_bytes() == before  # what the run began with
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[message.split(":")[0] for _, message in REFUSED])
 def test_what_the_run_computes_may_not(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    refuse_drift(config(tmp_path))
+    bind(config(tmp_path), {}, 0)
     with pytest.raises(ConfigError) as caught:
-        refuse_drift(config(tmp_path, **changes, parallel={"tensor": 2}))
+        find_drift(config(tmp_path, **changes, parallel={"tensor": 2}))
     assert message in str(caught.value)
     assert "parallel" not in str(caught.value)  # only what is in the way
     assert "or another run_dir" in str(caught.value)
