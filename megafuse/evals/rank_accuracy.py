@@ -108,7 +108,7 @@ class _Pairs:
     single: int = 0
 
     def add(self, scores: np.ndarray, rewards: np.ndarray, order: Callable[[int], bytes]) -> None:
-        """One candidate pair out of m responses. Both [m] float64; of equal rewards the lowest `order(index)` counts."""
+        """One candidate pair out of m responses. Both [m] float64; of equal rewards the lowest `order(i)` counts."""
         if len(rewards) < 2:
             self.single += 1
         elif rewards.max() == rewards.min():
