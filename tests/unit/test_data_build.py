@@ -17,6 +17,7 @@ from megafuse.data.split import draws, side_of
 from megafuse.data.tokenise import ChatTokenizer
 from megafuse.data.weights import source_weights
 from megafuse.errors import ConfigError, DataError
+from megafuse.testing.ranking import best_and_worst, falling, sha
 from megafuse.testing.tokenizer import CHATML, make_tokenizer
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -88,7 +89,7 @@ def test_groups_equal_their_definition(make: Any, model: Path, kind: str) -> Non
     for group, domain in zip(ds, ds.domains):
         row = by_id.pop(group.prompt_id)
         assert domain == row["domain"]
-        want = expected_terms(row["responses"], kind)
+        want = expected_terms(row, kind)
         got = [tuple((group.sources[j], group.rewards[j]) for j in term if j >= 0) for term in group.members]
         assert got == [tuple((r["source"], r["reward"]) for r in term) for term in want]
         if want:
@@ -105,28 +106,37 @@ def test_groups_equal_their_definition(make: Any, model: Path, kind: str) -> Non
         for ids, r in zip(group.responses, kept):
             np.testing.assert_array_equal(ids, [*tokenizer.answers([r["text"]])[0], 2])
     for row in by_id.values():
-        assert not expected_terms(row["responses"], kind)
+        assert not expected_terms(row, kind)
 
 
-def expected_terms(responses: list[dict[str, Any]], kind: str) -> list[list[dict[str, Any]]]:
+def expected_terms(record: dict[str, Any], kind: str) -> list[list[dict[str, Any]]]:
+    responses, name = record["responses"], record["prompt_id"]
+
     def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        return max(rows, key=lambda r: r["reward"])
+        return rows[best_and_worst(rows, name)[0]]
 
     def worst(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        return min(rows, key=lambda r: r["reward"])
+        return rows[best_and_worst(rows, name)[1]]
+
+    def first_two(terms: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+        return sorted(terms, key=lambda t: (-best(t)["reward"], sha(0, name, t[0]["source"])))[:2]
+
+    def alike(rows: list[dict[str, Any]]) -> bool:
+        return len({r["text"] for r in rows}) == 1
 
     sources = {s: [r for r in responses if r["source"] == s] for s in dict.fromkeys(r["source"] for r in responses)}
     if kind == "sft":
-        return [[r] for r in sorted(responses, key=lambda r: -r["reward"])[:2]]
+        return [[responses[i]] for i in falling(responses, name)[:2]]
     if kind == "pair":
         pairs = [[best(y), worst(y)] for y in sources.values() if best(y)["reward"] > worst(y)["reward"]]
-        return sorted(pairs, key=lambda t: -t[0]["reward"])[:2]
+        return first_two([pair for pair in pairs if not alike(pair)])
     if kind == "rloo":
-        return sorted((y for y in sources.values() if len(y) > 1), key=lambda y: -best(y)["reward"])[:2]
+        return first_two([y for y in sources.values() if len(y) > 1 and not alike(y)])
     if kind == "wrpo":
         own, others = sources.get("a", []), [r for r in responses if r["source"] != "a"]
         usable = len(own) > 1 and others and best(own)["reward"] > worst(own)["reward"]
-        return [[best(others), best(own), worst(own)]] if usable else []
+        pair = [best(own), worst(own)] if usable else []
+        return [[others[falling(others, name)[0]], *pair]] if pair and not alike(pair) else []
     return []
 
 
