@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megafuse.data.pairs import GroupTerms, pair_terms, rloo_terms, sft_terms, wrpo_terms
 from megafuse.data.records import Response
 from megafuse.data.select import Ties, rewards_of
 from megafuse.data.weights import source_weights
 from megafuse.errors import DataError
+from megafuse.losses import ResponseSums, Terms, rloo
 from megafuse.testing.ranking import best_and_worst, falling, sha
 
 TIES = Ties("p", 0)
@@ -219,3 +221,52 @@ def test_wrpo_triples() -> None:
 def test_unscored_responses_are_refused() -> None:
     with pytest.raises(DataError, match=r"'a' has no reward.*megafuse score"):
         rewards_of([Response("a", "text")])
+
+
+def tokens_of(*texts: str) -> list[np.ndarray]:
+    return [np.array([ord(c) for c in text], np.int32) for text in texts]
+
+
+def test_pairs_of_equal_tokens_are_dropped() -> None:
+    """Two texts that are cut to one: the other source has the whole weight. Equal lengths are not equal tokens."""
+    responses = make(("a", 1.0), ("a", 0.0), ("b", 0.9), ("b", 0.0))
+    equal, unequal = tokens_of("xy", "xy", "z", "w"), tokens_of("xy", "xz", "xy", "xyz")
+    terms = pair_terms(responses, TIES, equal, alpha=1.0)
+    assert terms.members == ((2, 3),) and terms.weights.tolist() == [1.0]
+    assert terms.dropped == Counter(same_tokens=1) and terms.dropped_of == Counter({("a", "same_tokens"): 1})
+    assert pair_terms(responses, TIES, unequal).members == ((0, 1), (2, 3))
+    same = [replace(r, text="t") for r in responses]
+    assert pair_terms(same, TIES, unequal).dropped == Counter(), "what is trained on decides, not the text"
+    assert pair_terms(same, TIES).dropped == Counter(same_text=2)
+
+
+def test_rloo_of_equal_tokens_and_of_equal_rewards() -> None:
+    responses = make(("a", 1.0), ("a", 0.0), ("b", 1.0), ("b", 1.0), ("c", 1.0), ("c", 0.0), ("c", 0.0))
+    terms = rloo_terms(responses, TIES, tokens_of("x", "x", "y", "z", "v", "v", "w"))
+    assert sorted(terms.members) == [(2, 3), (4, 5, 6)] and terms.weights.tolist() == [0.5, 0.5]
+    assert terms.dropped_of == Counter({("a", "same_tokens"): 1})
+    assert terms.noted_of == Counter({("b", "equal_rewards"): 1})
+    best = rloo_terms(make(("a", 2.0), ("a", 0.0), ("b", 1.0), ("b", 1.0)), TIES, k=1)
+    assert best.noted_of == Counter(), "what is not kept is not told of"
+
+
+@pytest.mark.parametrize("surrogate", ["reinforce", "clipped_ratio"])
+@pytest.mark.parametrize("equal_tokens", [True, False])
+def test_rloo_learns_nothing_from_equal_tokens(surrogate: str, equal_tokens: bool) -> None:
+    """Why such a source has no term: one log-prob, advantages that sum to zero. Both inside the clip range."""
+    own = torch.tensor([-2.0, -3.0], dtype=torch.float64, requires_grad=True)
+    logps = own[0].expand(2) if equal_tokens else own
+    sums = ResponseSums(logps, torch.tensor([4, 4]), torch.tensor([1.0, 0.0]), logps.detach() - 0.05)
+    terms = Terms(torch.tensor([[0, 1]]), torch.ones(1), torch.zeros(1, dtype=torch.int64), 1)
+    rloo(sums, terms, beta_kl=0.1, surrogate=surrogate)[0].sum().backward()
+    assert own.grad is not None and bool((own.grad.abs() < 1e-12).all()) == equal_tokens
+
+
+def test_wrpo_of_equal_tokens() -> None:
+    responses = make(("me", 1.0), ("a", 5.0), ("me", 0.5))
+    terms = wrpo_terms(responses, TIES, tokens_of("x", "y", "x"), target_source="me")
+    assert terms.members == () and terms.dropped == Counter(target_same_tokens=1)
+    terms = wrpo_terms(responses, TIES, tokens_of("x", "z", "z"), target_source="me")
+    assert terms.members == ((1, 0, 2),) and terms.noted_of == Counter({("a", "same_as_rejected"): 1})
+    terms = wrpo_terms(responses, TIES, tokens_of("x", "x", "z"), target_source="me")
+    assert terms.members == ((1, 0, 2),) and terms.noted_of == Counter()
