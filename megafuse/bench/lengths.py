@@ -1,7 +1,8 @@
 """The lengths of real prompts and responses: all that throughput depends on, read from a data set or from texts.
 
 Of each source the best response by reward and the worst are kept (of more, the next best too); sources come by falling
-best reward. So K = 4 means what training would mean by it, and K = 16 holds the same responses and more.
+best reward, equal ones in the order of a hash as in `data.select`. So K = 4 means what training would mean by it, and
+K = 16 holds the same responses and more.
 """
 
 import math
@@ -16,6 +17,8 @@ import numpy as np
 from megafuse.data.dataset import GroupDataset
 from megafuse.data.reader import RecordReader
 from megafuse.data.records import Response, Rules
+from megafuse.data.select import Ties
+from megafuse.data.split import hashed
 from megafuse.errors import ConfigError, DataError
 
 
@@ -135,7 +138,7 @@ def _from_dataset(data: GroupDataset, responses: int) -> LengthData:
     prompts = []
     for group in data:
         found = zip(group.sources, group.rewards.tolist(), group.response_lengths.tolist())
-        prompts += _kept(len(group.prompt), found, responses, dropped)
+        prompts += _kept(Ties(group.prompt_id, seed=0), len(group.prompt), found, responses, dropped)
     return LengthData(prompts, "as tokenised by `megafuse build`", dict(dropped))
 
 
@@ -154,7 +157,7 @@ def _from_texts(
                 dropped["responses above max_length"] += 1
             else:
                 found.append((source_of(response), float(response.reward or 0.0), length))
-        prompts += _kept(prompt, found, responses, dropped)
+        prompts += _kept(Ties(record.prompt_id, seed=0), prompt, found, responses, dropped)
     dropped["bad records"] += reader.error_count
     dropped["responses without text or reward"] += sum(
         number for name, number in reader.counts.items() if name.startswith("responses_dropped.")
@@ -163,18 +166,19 @@ def _from_texts(
 
 
 def _kept(
-    prompt: int, found: Iterable[tuple[str, float, int]], responses: int, dropped: Counter[str]
+    ties: Ties, prompt: int, found: Iterable[tuple[str, float, int]], responses: int, dropped: Counter[str]
 ) -> list[PromptLengths]:
     """The prompt with the responses (source, reward, tokens) that are kept; nothing where no source has enough."""
     by_source: dict[str, list[tuple[float, int]]] = {}
     for source, reward, tokens in found:
         by_source.setdefault(source, []).append((reward, tokens))
     sources = []
-    for scored in by_source.values():
+    for source in sorted(by_source, key=ties.source):
+        scored = by_source[source]
         if len(scored) < responses:
             dropped[f"sources with fewer than {responses} responses"] += 1
             continue
-        ranked = sorted(scored, key=lambda pair: -pair[0])  # stable: ties in the order of the file
+        ranked = sorted(scored, key=lambda pair: (-pair[0], hashed(ties.seed, ties.prompt_id, str(pair[1]))))
         chosen = [*ranked[: responses - 1], ranked[-1]] if responses > 1 else ranked[:1]
         sources.append((ranked[0][0], tuple(tokens for _, tokens in chosen)))
     if not sources:

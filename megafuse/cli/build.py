@@ -3,13 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from megafuse.config.build import BuildConfig
 from megafuse.data.build import BuildResult, build
+from megafuse.data.groups import CANDIDATES, CUT, TIED
 from megafuse.data.store import read_manifest
-from megafuse.data.tally import CATEGORIES
+from megafuse.data.tally import CATEGORIES, TIE_ADVICE
 from megafuse.errors import DataError
 from megafuse.observe.console import make_console
 
@@ -30,8 +32,12 @@ def run(config: BuildConfig) -> int:
     console.print(_table(result))
     console.print(composition_table([m for m in (beside, result.manifest) if m is not None]))
     console.print(_drops(result.manifest))
-    for warning in result.manifest.get("warnings", []):
-        console.print(f"[yellow]warning:[/yellow] {warning}")
+    if result.manifest.get("weight_by_source"):
+        console.print(_shares(result.manifest))
+    for note in _notes(result.manifest):
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    for warning in result.warnings:
+        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
     state = "written" if result.fresh else "already there, built from the same input and settings; nothing was done"
     console.print(f"{result.path}: {state}", soft_wrap=True)
     return 0
@@ -87,3 +93,35 @@ def _drops(manifest: Mapping[str, Any]) -> Table:
             if "dropped." in name:
                 table.add_row(f"source {source}", name, f"{number:,}")
     return table
+
+
+def _shares(manifest: Mapping[str, Any]) -> Table:
+    """What selection does to the sources: their shares of the responses before and after, and of the weight."""
+    table = Table(title="Shares of the sources")
+    table.add_column("source")
+    for column in ("to select from", "share", "kept", "share", "share of the weight"):
+        table.add_column(column, justify="right")
+    counts, weights = manifest["counts_by_source"], manifest["weight_by_source"]
+    numbers = {s: (found.get(CANDIDATES, 0), found.get("responses_kept", 0)) for s, found in counts.items()}
+    before, after = (max(1, sum(column)) for column in zip(*numbers.values()))
+    for source, (given, kept) in numbers.items():
+        share = f"{weights.get(source, 0.0) / sum(weights.values()):.1%}"
+        table.add_row(source, f"{given:,}", f"{given / before:.1%}", f"{kept:,}", f"{kept / after:.1%}", share)
+    return table
+
+
+def _notes(manifest: Mapping[str, Any]) -> list[str]:
+    """What the numbers mean for the training: ties through the cut, terms that teach little."""
+    counts, notes = manifest["counts"], []
+    if CUT in counts:
+        tied = counts.get(TIED, 0)
+        notes.append(f"in {tied:,} of {counts[CUT]:,} prompts the k-th ties with one left out")
+        if tied:
+            notes.append(TIE_ADVICE)
+    for source, found in manifest.get("counts_by_source", {}).items():
+        if number := found.get("terms_kept.equal_rewards"):
+            notes.append(
+                f"source {source}: in {number:,} prompts all of its rewards are equal, which gives RLOO no advantage "
+                f"but that of its KL term"
+            )
+    return notes

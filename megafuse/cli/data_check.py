@@ -9,10 +9,11 @@ from rich.table import Table
 
 from megafuse.config.base import Config
 from megafuse.data.check import PERCENTILES, DataReport, check, percentiles
+from megafuse.data.pairs import TOP_K
 from megafuse.data.tokenise import ChatTokenizer
 from megafuse.observe.console import make_console
 
-DESCRIPTION = "Check input files line by line and show what they hold. Exit status: 2 with bad or no records, else 0."
+DESCRIPTION = "Check input files line by line and show what they hold. Exit status: 2 with bad records or none, else 0."
 _GAPS = (0.0, 0.001, 0.01, 0.1, 1.0, 10.0)
 
 
@@ -50,6 +51,11 @@ def run(config: DataCheckConfig) -> int:
         console.print(_sources(report))
     if report.gaps:
         console.print(_pairs(report))
+    if report.tied_at_k:
+        ties = (
+            f"in {report.tied_at_k:,} of {report.prompts:,} prompts the {TOP_K}th highest reward ties with one left out"
+        )
+        console.print(f"{ties}: `megafuse data report` shows what it does to the sources", soft_wrap=True)
     for error in report.errors:
         console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
     if report.fatal:
@@ -59,6 +65,8 @@ def run(config: DataCheckConfig) -> int:
         summary = f"{report.error_count} bad record(s){f', {more} of them not shown' if more else ''}"
         if not report.prompts and not report.error_count:
             summary = f"no records in {', '.join(map(str, config.files))}"
+        elif report.nothing_left:
+            summary += f"; no good {'response' if report.prompts else 'record'} is left"
         console.print(summary, style="green" if report.ok else "red", markup=False, soft_wrap=True)
     return 0 if report.ok else 2
 

@@ -36,7 +36,7 @@ class DataReportConfig(Config):
     datasets: tuple[Path, ...] = ()
     """Data sets built from these answers: what they left out is shown too."""
     seed: int = 0
-    """Which ten groups are shown."""
+    """Which ten groups are shown, and, as in `megafuse build`, which of equal rewards come first."""
 
 
 CONFIG = DataReportConfig

@@ -32,12 +32,13 @@ class BuildConfig(Config):
     kind: Kind
     """Terms of the loss: sft (FuseSFT), pair (dpo, ln_dpo, simpo), rloo, wrpo; rank keeps every response, for eval."""
     overwrite: bool = False
-    """Replace a data set at `output` that was built differently. An equal one is kept and nothing is done."""
+    """Replace a data set at `output` that was built differently, or by a version that broke ties by the order of the
+    file. An equal one is kept and nothing is done."""
 
     part: Literal["auto", "sft", "po", "eval", "train", "all"] = "auto"
     """Side of the split; train is sft and po. auto: sft for sft, po for pair, rloo and wrpo, eval for rank."""
     seed: int = 0
-    """Seed of the split and of the order behind `max_prompts`."""
+    """Seed of the split, of the order behind `max_prompts`, and of the order between equal rewards."""
     holdout: float = Field(0.0, ge=0, le=1)
     """Fraction of the prompts held out (part eval), by hash of prompt_id and seed."""
     sft_fraction: float = Field(0.4, ge=0, le=1)

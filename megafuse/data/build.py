@@ -6,8 +6,9 @@ the order of the input files nor of their lines changes the result.
 """
 
 import json
+import math
 import platform
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +20,7 @@ import numpy as np
 
 from megafuse.config.base import decisive_settings
 from megafuse.config.build import BuildConfig
-from megafuse.data.groups import GroupBuilder, Rejected
+from megafuse.data.groups import BEYOND_POSITIONS, GroupBuilder, Rejected
 from megafuse.data.reader import RecordReader, file_digest
 from megafuse.data.records import BadRecord, Rules, ScoredPrompt
 from megafuse.data.split import draws, in_part, side_of
@@ -43,6 +44,11 @@ from megafuse.errors import DataError
 _PROMPTS_A_BATCH = 256
 _PATHS = ("inputs", "output", "tokenizer", "chat_template", "overwrite", "beside")  # told apart by content, not by name
 _LATER = ("domain_rules", "thinking", "system_messages")
+TIES = "sources in turn, by hash of seed, prompt_id and source"  # `ties` of a manifest: see data.select
+OLD_TIES = (
+    "it was built by an earlier version, when of equal rewards the source that stands first in the file was taken, and "
+    "pairs of equal tokens were kept; with overwrite (--overwrite) it is built anew"
+)
 
 Progress = Callable[[int, int], None]
 
@@ -54,6 +60,7 @@ class BuildResult:
     path: Path
     manifest: dict[str, Any]
     fresh: bool  # False: the same data set was there already
+    warnings: tuple[str, ...] = ()
 
 
 def build(config: BuildConfig, progress: Progress | None = None) -> BuildResult:
@@ -79,8 +86,12 @@ def build(config: BuildConfig, progress: Progress | None = None) -> BuildResult:
     stamps = {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in config.inputs if path.exists()}
     identity = _identity(config, tokenizer)
     existing = read_manifest(config.output)
-    if existing is not None and all(_equal(existing.get(key), value) for key, value in identity.items()):
-        return BuildResult(config.output, existing, fresh=False)
+    if existing is not None:
+        other = [key for key, value in identity.items() if not _equal(existing.get(key), value)]
+        old = other == ["ties"] and "ties" not in existing
+        if not other or (old and not config.overwrite):
+            warnings = [*existing.get("warnings", []), *([OLD_TIES] if old else [])]
+            return BuildResult(config.output, existing, fresh=False, warnings=tuple(warnings))
     check_replaceable(config.output, overwrite=config.overwrite)
 
     reader = RecordReader(
@@ -92,7 +103,8 @@ def build(config: BuildConfig, progress: Progress | None = None) -> BuildResult:
     )
     tally = Tally()
     wanted = _choose(reader, config, tally)
-    groups = GroupBuilder(config, tokenizer, tally)
+    positions = max_positions(config.tokenizer)
+    groups = GroupBuilder(config, tokenizer, tally, positions=positions)
     with atomic_folder(config.output, overwrite=config.overwrite) as work:
         rows = _rows(reader, wanted, groups, progress)
         summary = _write(rows, work, config.kind)
@@ -115,23 +127,25 @@ def build(config: BuildConfig, progress: Progress | None = None) -> BuildResult:
             "composition": tally.composition(),
             "counts_by_domain": tally.by_domain(),
             "counts_by_source": tally.by_source(),
-            "warnings": _warnings(tokenizer),
+            "warnings": _warnings(tokenizer, tally, positions, summary["max_sequence_tokens"]),
             "versions": _versions(),
             "files": file_sizes(work, GROUPS),
         }
         (work / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return BuildResult(config.output, manifest, fresh=True)
+    return BuildResult(config.output, manifest, fresh=True, warnings=tuple(manifest["warnings"]))
 
 
 def _identity(config: BuildConfig, tokenizer: ChatTokenizer) -> dict[str, Any]:
     """What determines the result: bytes of the inputs, settings with their defaults resolved, tokenizer, template."""
     settings = decisive_settings(config, leave_out=_PATHS, later=_LATER)
+    ties = {} if config.kind == "rank" else {"ties": TIES}  # a rank data set takes every response
     settings |= {"part": config.resolved_part, "alpha": config.resolved_alpha, "k": config.resolved_k}
     return {
         "inputs": [{"name": path.name, "sha256": file_digest(path)} for path in config.inputs],
         "settings": settings,
         "vocab_size": tokenizer.vocab_size,
         "digest": {"tokenizer": tokenizer.digest, "template": tokenizer.template_digest},
+        **ties,
     }
 
 
@@ -212,6 +226,7 @@ def _write(rows: Iterable[Row], work: Path, kind: str) -> dict[str, Any]:
     largest_group = largest_sequence = 0
     domains: Counter[str] = Counter()
     sources: Counter[str] = Counter()
+    shares: defaultdict[str, list[float]] = defaultdict(list)
     for row in rows:
         writer.append(row)
         ids.append(row.prompt_id)
@@ -223,6 +238,8 @@ def _write(rows: Iterable[Row], work: Path, kind: str) -> dict[str, Any]:
         largest_sequence = max(largest_sequence, len(row.prompt) + max(answers))
         domains[row.domain] += 1
         sources.update(row.sources)
+        for members, weight in zip(row.members, row.weights.tolist()):
+            shares[row.sources[members[0]]].append(weight)
     writer.close()
     order = sorted(range(len(ids)), key=ids.__getitem__)
     if ids:
@@ -236,6 +253,8 @@ def _write(rows: Iterable[Row], work: Path, kind: str) -> dict[str, Any]:
         "max_sequence_tokens": largest_sequence,
         "groups_by_domain": dict(sorted(domains.items())),
         "responses_by_source": dict(sorted(sources.items())),
+        # of each term, to the source of its first response; fsum: the same in every order of the input
+        "weight_by_source": {source: math.fsum(weights) for source, weights in sorted(shares.items())},
         "data_digest": content_digest(kind, [digests[i] for i in order]),
     }
 
@@ -263,10 +282,31 @@ def _all_counts(reader: RecordReader, tally: Tally) -> dict[str, int]:
     return {key: int(found[key]) for key in sorted(found) if found[key] or key == "bad_records"}
 
 
-def _warnings(tokenizer: ChatTokenizer) -> list[str]:
+def max_positions(folder: Path) -> int | None:
+    """max_position_embeddings of the model in a Hugging Face folder; None where its config.json does not say."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None  # the tokenizer refuses what it needs of it
+    text = config.get("text_config") if isinstance(config, dict) else None
+    for part in (config, text):
+        found = part.get("max_position_embeddings") if isinstance(part, dict) else None
+        if isinstance(found, int) and not isinstance(found, bool) and found > 0:
+            return found
+    return None
+
+
+def _warnings(tokenizer: ChatTokenizer, tally: Tally, positions: int | None, longest: int) -> list[str]:
+    found = []
     if tokenizer.template.depends_on_date:
-        return ["the chat template writes today's date into prompts: the same build gives another data set tomorrow"]
-    return []
+        found.append("the chat template writes today's date into prompts: the same build gives other data tomorrow")
+    if number := tally.total[BEYOND_POSITIONS]:
+        found.append(
+            f"{number} sequence(s), the longest of {longest} tokens, are longer than the model's "
+            f"max_position_embeddings = {positions} in {tokenizer.folder / 'config.json'}: its positions beyond were "
+            f"never trained; set max_length = {positions} or less"
+        )
+    return found
 
 
 def _versions() -> dict[str, str]:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megafuse.data.pairs import pair_terms
+from megafuse.data.pairs import pair_terms, sft_terms
 from megafuse.data.reader import RecordReader
 from megafuse.data.records import BadRecord, Form, Rules, ScoredPrompt
+from megafuse.data.select import Ties
 from megafuse.errors import DataError
 
 PERCENTILES = (0, 50, 95, 100)
@@ -42,11 +43,18 @@ class DataReport:
     prompt_tokens: list[int] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)  # reward gap of each pair that `kind = "pair"` would build
     no_pair: Counter[str] = field(default_factory=Counter)  # sources of a prompt without a pair, by reason
+    tied_at_k: int = 0  # prompts where the last that `top_k_all` takes, with its default k, ties with one left out
+    needs_responses: bool = True  # by the form of the files
 
     @property
     def ok(self) -> bool:
-        """Whether there are records, and every line is a good one."""
-        return bool(self.prompts) and not self.error_count and not self.fatal
+        """Whether there is something to work with, and every line is a good one."""
+        return not self.nothing_left and not self.error_count and not self.fatal
+
+    @property
+    def nothing_left(self) -> bool:
+        """Whether no good record, or in no good record a response, is left."""
+        return not (self.responses if self.needs_responses else self.prompts)
 
     @property
     def responses(self) -> int:
@@ -77,7 +85,7 @@ def check(
         drop_bad_responses: count responses without text or reward instead of reporting their record.
         lengths: tokens of each of some texts; None: characters only.
     """
-    report = DataReport()
+    report = DataReport(needs_responses=form != "prompts")
     rules = Rules(form=form, reward_field=reward_field, drop_bad_responses=drop_bad_responses)
     reader = RecordReader(paths, rules, on_bad_record="skip")
     try:
@@ -107,7 +115,9 @@ def _add(report: DataReport, record: ScoredPrompt, lengths: Lengths | None, *, s
             stats.rewards.append(response.reward)
         report.graded += response.correct is not None
     if scored:
-        terms = pair_terms(record.responses)
+        ties = Ties(record.prompt_id, seed=0)  # no count depends on it
+        report.tied_at_k += bool(sft_terms(record.responses, ties).tied_at_k)
+        terms = pair_terms(record.responses, ties)
         report.no_pair.update(terms.dropped)
         reward = [r.reward or 0.0 for r in record.responses]
         report.gaps.extend(reward[chosen] - reward[rejected] for chosen, rejected in terms.members)

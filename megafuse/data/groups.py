@@ -9,12 +9,18 @@ import numpy as np
 
 from megafuse.config.build import BuildConfig
 from megafuse.config.rules import DomainRule
-from megafuse.data.pairs import GroupTerms, pair_terms, rewards_of, rloo_terms, sft_terms, wrpo_terms
+from megafuse.data.pairs import GroupTerms, pair_terms, rloo_terms, sft_terms, wrpo_terms
 from megafuse.data.records import Response, ScoredPrompt
+from megafuse.data.select import Ties, rewards_of
 from megafuse.data.store import Row
 from megafuse.data.tally import Tally
 from megafuse.data.tokenise import Answer, ChatTokenizer
 from megafuse.errors import DataError
+
+BEYOND_POSITIONS = "responses_beyond_max_position_embeddings"
+CANDIDATES = "responses_to_select_from"
+CUT = "prompts_with_a_cut"  # their selection takes the k highest
+TIED = "prompts_with_a_cut_through_a_tie"  # the k-th has the reward of one left out
 
 
 @dataclass(frozen=True)
@@ -25,16 +31,24 @@ class Rejected:
     reason: str
 
 
-def make_terms(responses: Sequence[Response], config: BuildConfig, domain: str = "unknown") -> GroupTerms:
-    """The terms of one prompt for the kind of data set that is built; none for `rank`."""
+def make_terms(
+    record: ScoredPrompt, responses: Sequence[Response], tokens: Sequence[np.ndarray], config: BuildConfig
+) -> GroupTerms:
+    """The terms of one prompt over `responses`, whose `tokens` are finished, for the kind of data set; none for `rank`.
+
+    Raises:
+        DataError: a response has no reward.
+    """
     alpha, k, weighting = config.resolved_alpha, config.resolved_k, config.weighting
-    rule = config.rule_of(domain)
+    ties = Ties(record.prompt_id, config.seed)
+    rule = config.rule_of(record.domain)
     if rule is not None and config.kind in ("sft", "pair"):
-        return _ruled_terms(responses, config, rule)
+        return _ruled_terms(responses, ties, tokens, config, rule)
     if config.kind == "sft":
         selection = "top_k_all" if config.selection == "auto" else config.selection
         return sft_terms(
             responses,
+            ties,
             selection=selection,  # type: ignore[arg-type]  # the config has checked it against the kind
             k=k,
             alpha=alpha,
@@ -44,6 +58,8 @@ def make_terms(responses: Sequence[Response], config: BuildConfig, domain: str =
     if config.kind == "pair":
         return pair_terms(
             responses,
+            ties,
+            tokens,
             alpha=alpha,
             k=k,
             min_gap=config.min_gap,
@@ -52,14 +68,16 @@ def make_terms(responses: Sequence[Response], config: BuildConfig, domain: str =
             use_correct=config.use_correct,
         )
     if config.kind == "rloo":
-        return rloo_terms(responses, alpha=alpha, k=k, weighting=weighting)
+        return rloo_terms(responses, ties, tokens, alpha=alpha, k=k, weighting=weighting)
     if config.kind == "wrpo":
         assert config.target_source is not None, "BuildConfig requires target_source for wrpo"
-        return wrpo_terms(responses, target_source=config.target_source)
+        return wrpo_terms(responses, ties, tokens, target_source=config.target_source)
     return GroupTerms((), np.zeros(0))
 
 
-def _ruled_terms(responses: Sequence[Response], config: BuildConfig, rule: DomainRule) -> GroupTerms:
+def _ruled_terms(
+    responses: Sequence[Response], ties: Ties, tokens: Sequence[np.ndarray], config: BuildConfig, rule: DomainRule
+) -> GroupTerms:
     """The terms that the rule of the prompt's domain makes, for kinds sft and pair."""
     required = rule.correct == "required"
     if config.kind == "sft":
@@ -67,6 +85,7 @@ def _ruled_terms(responses: Sequence[Response], config: BuildConfig, rule: Domai
         k = (config.k or 4) if rule.sft == "top_k_all" else config.k
         return sft_terms(
             responses,
+            ties,
             selection=rule.sft,
             k=k,
             alpha=config.resolved_alpha,
@@ -75,6 +94,8 @@ def _ruled_terms(responses: Sequence[Response], config: BuildConfig, rule: Domai
         )
     return pair_terms(
         responses,
+        ties,
+        tokens,
         alpha=config.resolved_alpha,
         k=1 if rule.pair == "top1" else config.k,
         min_gap=rule.min_gap,
@@ -85,10 +106,20 @@ def _ruled_terms(responses: Sequence[Response], config: BuildConfig, rule: Domai
 
 
 class GroupBuilder:
-    """Builds rows from records and counts, in `tally`, everything that it keeps and leaves out."""
+    """Builds rows from records and counts, in `tally`, everything that it keeps and leaves out.
 
-    def __init__(self, config: BuildConfig, tokenizer: ChatTokenizer, tally: Tally | None = None) -> None:
-        self.config, self.tokenizer = config, tokenizer
+    `positions`, max_position_embeddings of the model: sequences with more tokens are counted; None: not known.
+    """
+
+    def __init__(
+        self,
+        config: BuildConfig,
+        tokenizer: ChatTokenizer,
+        tally: Tally | None = None,
+        *,
+        positions: int | None = None,
+    ) -> None:
+        self.config, self.tokenizer, self.positions = config, tokenizer, positions or sys.maxsize
         self.tally = tally if tally is not None else Tally()
         self.longest_group: tuple[int, str] = (0, "")  # above max_row_tokens: tokens, prompt_id
 
@@ -112,8 +143,10 @@ class GroupBuilder:
             if isinstance(row, Row):
                 rows.append(row)
                 self.tally.prompt(record, "prompts_kept")
-                for source in row.sources:
+                for source, ids in zip(row.sources, row.responses):
                     self.tally.response(record, source, "responses_kept")
+                    if len(row.prompt) + len(ids) > self.positions:
+                        self.tally.response(record, source, BEYOND_POSITIONS)
             else:
                 self.tally.prompt(record, f"prompts_dropped.{row}")
         return rows
@@ -149,13 +182,13 @@ class GroupBuilder:
             self.tally.prompt(record, "prompts_with_control_tokens_in_their_text")
         room = config.max_length - len(prompt)
         finished = [self._finish(record, r, answer, room) for answer, r in zip(answers, record.responses)]
-        kept = [i for i, ids in enumerate(finished) if ids is not None]
+        kept = [(r, ids) for r, ids in zip(record.responses, finished) if ids is not None]
         if not kept:
             return "no_response"
-        responses = [record.responses[i] for i in kept]
+        responses, tokens = [r for r, _ in kept], [ids for _, ids in kept]
         if reason := self._failed(record.domain, responses):
             return reason
-        terms = make_terms(responses, config, record.domain)
+        terms = make_terms(record, responses, tokens, config)
         self._count_terms(record, terms)
         used = sorted({j for term in terms.members for j in term})
         if config.kind == "rank":
@@ -169,7 +202,7 @@ class GroupBuilder:
             prompt_id=record.prompt_id,
             domain=record.domain,
             prompt=prompt,
-            responses=tuple(ids for j in used if (ids := finished[kept[j]]) is not None),
+            responses=tuple(tokens[j] for j in used),
             sources=tuple(responses[j].source for j in used),
             rewards=rewards_of([responses[j] for j in used]),
             members=tuple(tuple(place[j] for j in term) for term in terms.members),
@@ -192,6 +225,14 @@ class GroupBuilder:
     def _count_terms(self, record: ScoredPrompt, terms: GroupTerms) -> None:
         for (source, reason), number in terms.dropped_of.items():
             self.tally.response(record, source, f"terms_dropped.{reason}", number)
+        for (source, what), number in terms.noted_of.items():
+            self.tally.response(record, source, f"terms_kept.{what}", number)
+        for source, number in terms.candidates.items():
+            self.tally.response(record, source, CANDIDATES, number)
+        if terms.tied_at_k is not None:
+            self.tally.prompt(record, CUT)
+        if terms.tied_at_k:
+            self.tally.prompt(record, TIED)
         if not terms.dropped_of:  # WRPO: reasons of the prompt, of no one source
             for reason, number in terms.dropped.items():
                 self.tally.prompt(record, f"terms_dropped.{reason}", number)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megafuse.data.pairs import pair_terms
+from megafuse.data.pairs import TOP_K, pair_terms, sft_terms
 from megafuse.data.reader import RecordReader
 from megafuse.data.records import Rules, ScoredPrompt
+from megafuse.data.select import Ties
 from megafuse.data.weights import source_weights
 
 ALPHAS = tuple(float(x) for x in np.logspace(-4, 1, 26))
@@ -37,6 +38,8 @@ class ReportData:
     longer_chosen: int = 0
     longer_rejected: int = 0
     effective: np.ndarray = field(default_factory=lambda: np.zeros(len(ALPHAS)))  # mean exp(entropy) at each alpha
+    taken: Counter[str] = field(default_factory=Counter)  # responses that `top_k_all` takes with k = TOP_K, by source
+    tied_at_k: int = 0  # prompts where the last of those ties with one left out
     several: int = 0  # prompts with several sources
     dropped: Counter[str] = field(default_factory=Counter)
     groups: list[ScoredPrompt] = field(default_factory=list)
@@ -71,7 +74,7 @@ def collect(
         if not record.responses:
             data.dropped["prompts without a usable response"] += 1
             continue
-        _add(data, record, lengths)
+        _add(data, record, lengths, Ties(record.prompt_id, seed))
         # reservoir sampling: every prompt has the same chance to be shown
         if len(data.groups) < SHOWN_GROUPS:
             data.groups.append(record)
@@ -82,7 +85,7 @@ def collect(
     return data
 
 
-def _add(data: ReportData, record: ScoredPrompt, lengths: Lengths | None) -> None:
+def _add(data: ReportData, record: ScoredPrompt, lengths: Lengths | None, ties: Ties) -> None:
     data.prompts += 1
     data.domains[record.domain] += 1
     texts = [r.text for r in record.responses]
@@ -106,7 +109,10 @@ def _add(data: ReportData, record: ScoredPrompt, lengths: Lengths | None) -> Non
     if len(best) > 1:
         data.several += 1
         data.effective += [effective_sources(list(best.values()), alpha) for alpha in ALPHAS]
-    terms = pair_terms(record.responses)
+    top = sft_terms(record.responses, ties, k=TOP_K)
+    data.taken.update(record.responses[i].source for (i,) in top.members)
+    data.tied_at_k += bool(top.tied_at_k)
+    terms = pair_terms(record.responses, ties)
     data.no_pair.update(terms.dropped)
     for chosen, rejected in terms.members:
         data.gaps.append((record.responses[chosen].reward or 0.0) - (record.responses[rejected].reward or 0.0))

@@ -218,6 +218,17 @@ def check_vocabulary(data: GroupDataset, arch: ModelArch) -> None:
         )
 
 
+def long_sequences(data: GroupDataset, arch: ModelArch) -> list[str]:
+    """A warning where a data set has sequences beyond the positions that the model claims; rotary ones compute on."""
+    longest, positions = data.manifest.get("max_sequence_tokens", 0), arch.max_position_embeddings
+    if longest <= positions:
+        return []
+    return [
+        f"warning: data set {data.path} has a sequence of {longest} tokens, the model's max_position_embeddings is "
+        f"{positions}: it was not trained on positions beyond; build the data set with max_length = {positions} or less"
+    ]
+
+
 def row_shape(parallel: ParallelConfig, dp_size: int, backend: Any) -> RowShape:
     """What the layout and the backend (model.build.Backend) ask of the rows of a step."""
     lengths: RowLengths = "own" if parallel.pipeline == 1 else "stage"

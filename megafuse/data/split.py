@@ -6,6 +6,7 @@ come from separate bytes of one SHA-256, so that they are independent: changing 
 """
 
 import hashlib
+import json
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,11 @@ def draws(prompt_id: str, seed: int) -> Draws:
     digest = hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest()
     holdout, side, order = ((int.from_bytes(digest[i : i + 8], "big") >> 11) / 2.0**53 for i in (0, 8, 16))
     return Draws(holdout, side, order)
+
+
+def hashed(seed: int, *parts: str | bool | None) -> bytes:
+    """SHA-256 of the seed and the parts, each told apart from its neighbours: a fair sort key, the same everywhere."""
+    return hashlib.sha256(json.dumps([seed, *parts]).encode()).digest()
 
 
 def side_of(prompt_id: str, *, seed: int = 0, holdout: float = 0.0, sft_fraction: float = 0.4) -> Side:

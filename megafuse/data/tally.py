@@ -13,6 +13,11 @@ CATEGORIES = {
     "coding": "Coding",
     "chinese": "Chinese language",
 }
+TIE_ADVICE = (
+    "Equal rewards do not say which answer is better: the sources take turns, in an order by hash. Score with a reward "
+    "model too (`megafuse score --reward armorm --model FOLDER`; `correct` stays beside its reward) and build with "
+    '`--use_correct`, or `correct = "required"` in domain_rules: correct AND highest reward, as FuseChat-3.0 does.'
+)
 UNNAMED = "(not named)"  # prompts whose record has no `dataset`
 
 

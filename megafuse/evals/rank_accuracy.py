@@ -9,7 +9,8 @@ pair of the highest-reward response y_w and the lowest-reward response y_l, the 
 
 Where the paper is silent, the choices here are:
 - Rewards equal (best = worst): there is no order to find, so the pair is skipped and counted.
-- Several responses share the best (or the worst) reward: the first in file order stands for them.
+- Several responses share the best (or the worst) reward: the first by a hash stands for them, inside a source of
+  prompt_id, source and tokens, across sources of prompt_id and source. So no source is preferred for where it stands.
 - Scores equal: counts one half, what guessing would get, and is counted as a tie.
 - Cross-rank takes the FIRST response of each source in file order: deterministic, and as blind to the reward as the
   order of sampling is. (A source's best response instead would measure another thing: telling good answers apart.)
@@ -19,12 +20,14 @@ Where the paper is silent, the choices here are:
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
+from megafuse.data.split import hashed
 from megafuse.errors import DataError, IntegrityError
 
 
@@ -38,6 +41,10 @@ class Ranked(Protocol):
     @property
     def sources(self) -> Sequence[str]:
         """Source of each of the n responses, in file order."""
+
+    @property
+    def responses(self) -> Sequence[np.ndarray]:
+        """Tokens of each, [R_i] int32."""
 
     @property
     def rewards(self) -> np.ndarray:
@@ -100,15 +107,16 @@ class _Pairs:
     equal_rewards: int = 0
     single: int = 0
 
-    def add(self, scores: np.ndarray, rewards: np.ndarray) -> None:
-        """One candidate pair out of m responses. Both [m] float64, in file order."""
+    def add(self, scores: np.ndarray, rewards: np.ndarray, order: Callable[[int], bytes]) -> None:
+        """One candidate pair out of m responses. Both [m] float64; of equal rewards the lowest `order(i)` counts."""
         if len(rewards) < 2:
             self.single += 1
         elif rewards.max() == rewards.min():
             self.equal_rewards += 1
-        else:  # argmax and argmin give the first in file order
-            self.best.append(float(scores[rewards.argmax()]))
-            self.worst.append(float(scores[rewards.argmin()]))
+        else:
+            best, worst = (np.flatnonzero(rewards == r).tolist() for r in (rewards.max(), rewards.min()))
+            self.best.append(float(scores[min(best, key=order)]))
+            self.worst.append(float(scores[min(worst, key=order)]))
 
     def extend(self, other: "_Pairs") -> None:
         """Take over the pairs and counts of `other`."""
@@ -157,10 +165,10 @@ def rank_accuracy(groups: Iterable[Ranked], logps: np.ndarray, lengths: np.ndarr
         scores, rewards = _checked(group, logps[start:end], lengths[start:end])
         sources = np.asarray(group.sources)
         names, first = np.unique(sources, return_index=True)
-        for name in names:
-            intra.setdefault(str(name), _Pairs()).add(scores[sources == name], rewards[sources == name])
-        first.sort()  # back to file order, which decides between equal rewards
-        cross.add(scores[first], rewards[first])
+        for name in map(str, names):
+            own = np.flatnonzero(sources == name)
+            intra.setdefault(name, _Pairs()).add(scores[own], rewards[own], partial(_by_tokens, group, own))
+        cross.add(scores[first], rewards[first], partial(_by_source, group, first))
         start = end
     if start != len(logps):
         raise IntegrityError(_MISFIT.format(len(logps), count, start))
@@ -171,6 +179,17 @@ _MISFIT = (
     "{} log-probs do not fit the data set, whose first {} groups have {} responses: "
     "they are of another data set; run the log-prob pass again"
 )
+
+
+def _by_tokens(group: Ranked, places: np.ndarray, i: int) -> bytes:
+    """Sort key of the i-th of some responses of one source."""
+    ids = np.ascontiguousarray(group.responses[places[i]], dtype="<i4")
+    return hashed(0, group.prompt_id, group.sources[places[i]], ids.tobytes().hex())
+
+
+def _by_source(group: Ranked, places: np.ndarray, i: int) -> bytes:
+    """Sort key of the i-th of some responses of different sources."""
+    return hashed(0, group.prompt_id, group.sources[places[i]])
 
 
 def _checked(group: Ranked, logps: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

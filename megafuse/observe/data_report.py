@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from megafuse.data.pairs import TOP_K
 from megafuse.data.report import ALPHAS, ReportData
+from megafuse.data.tally import TIE_ADVICE
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -38,6 +40,7 @@ def page(data: ReportData, *, title: str, unit: str, manifests: Sequence[Mapping
         "<h2>Which alpha mixes</h2>",
         _figure(lambda ax: _entropy(ax, data), f"Effective number of sources: exp of the entropy of Eq. 8's weights, "
                 f"mean over {data.several:,} prompts with several sources. 1: the best has all the weight."),
+        "<h2>What FuseSFT takes</h2>", _taken(data),
         "<h2>Pairs inside a source</h2>", _pairs(data, unit),
         "<h2>Left out</h2>", _drops(data, manifests),
         "<h2>Groups to read</h2>", *(_group(g) for g in data.groups),
@@ -125,6 +128,19 @@ def _win_matrix(data: ReportData) -> str:
     rows = [[a, *("" if a == b or rates[a, b] is None else f"{rates[a, b]:.0%}" for b in names)] for a in names]
     note = "Row above column: share of the prompts both answered whose best response is better, a tie half."
     return _table(["", *names], rows) + f'<p class="note">{note}</p>'
+
+
+def _taken(data: ReportData) -> str:
+    answers = {source: len(data.rewards[source]) for source in data.sources}
+    every, taken = sum(answers.values()), sum(data.taken.values())
+    rows = [[s, f"{n / every:.1%}", f"{data.taken[s]:,}", f"{data.taken[s] / taken:.1%}"] for s, n in answers.items()]
+    text = (
+        f"<p>The {TOP_K} highest rewards of a prompt (<code>top_k_all</code>, of all answers here). In "
+        f"{data.tied_at_k:,} of {data.prompts:,} prompts the last of them ties with one left out.</p>"
+    )
+    if data.tied_at_k:
+        text += f'<p class="note">{_text(TIE_ADVICE)}</p>'
+    return text + _table(["source", "share of the answers", "taken", "share of what is taken"], rows)
 
 
 def _pairs(data: ReportData, unit: str) -> str:

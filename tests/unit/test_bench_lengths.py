@@ -94,6 +94,22 @@ def test_a_data_set_has_its_own_lengths(tmp_path: Path) -> None:
         assert [s for (s,) in found.sources] == group.response_lengths[order].tolist()
 
 
+def test_equal_rewards_prefer_no_source(tmp_path: Path) -> None:
+    """Sources a and b have one reward and lengths of their own: each comes first in half of the prompts."""
+    answers: list[tuple[str, float | None, str]] = [("a", 1.0, "x" * 4), ("b", 1.0, "x" * 40), ("a", 1.0, "x" * 8)]
+    found = [
+        read_lengths(
+            write_scored(tmp_path / "s.jsonl.gz", [("p", order)] * 400), ByteRule(4), responses=1, max_length=99
+        )
+        for order in (answers, answers[::-1])
+    ]
+    assert found[0] == found[1]
+    for short in ((2,), (3,)):
+        first = sum(short in prompt.sources for prompt in found[0].prompts)
+        assert abs(first - 200) < 5 * 10, "of the two of source a, either"
+    assert abs(sum(prompt.sources[0] == (11,) for prompt in found[0].prompts) - 200) < 5 * 10
+
+
 def test_missing_data_and_too_many_responses(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data.path = .*nowhere does not exist: give a data set folder"):
         read_lengths(tmp_path / "nowhere", ByteRule(4), responses=2, max_length=10)

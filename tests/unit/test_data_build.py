@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from megafuse.cli.build import run as run_build
 from megafuse.config.build import BuildConfig
 from megafuse.data.build import build
 from megafuse.data.dataset import GroupDataset
@@ -17,6 +18,7 @@ from megafuse.data.split import draws, side_of
 from megafuse.data.tokenise import ChatTokenizer
 from megafuse.data.weights import source_weights
 from megafuse.errors import ConfigError, DataError
+from megafuse.testing.ranking import best_and_worst, falling, sha
 from megafuse.testing.tokenizer import CHATML, make_tokenizer
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -88,7 +90,7 @@ def test_groups_equal_their_definition(make: Any, model: Path, kind: str) -> Non
     for group, domain in zip(ds, ds.domains):
         row = by_id.pop(group.prompt_id)
         assert domain == row["domain"]
-        want = expected_terms(row["responses"], kind)
+        want = expected_terms(row, kind)
         got = [tuple((group.sources[j], group.rewards[j]) for j in term if j >= 0) for term in group.members]
         assert got == [tuple((r["source"], r["reward"]) for r in term) for term in want]
         if want:
@@ -105,28 +107,37 @@ def test_groups_equal_their_definition(make: Any, model: Path, kind: str) -> Non
         for ids, r in zip(group.responses, kept):
             np.testing.assert_array_equal(ids, tokenizer.answers([r["text"]])[0].whole)
     for row in by_id.values():
-        assert not expected_terms(row["responses"], kind)
+        assert not expected_terms(row, kind)
 
 
-def expected_terms(responses: list[dict[str, Any]], kind: str) -> list[list[dict[str, Any]]]:
+def expected_terms(record: dict[str, Any], kind: str) -> list[list[dict[str, Any]]]:
+    responses, name = record["responses"], record["prompt_id"]
+
     def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        return max(rows, key=lambda r: r["reward"])
+        return rows[best_and_worst(rows, name)[0]]
 
     def worst(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        return min(rows, key=lambda r: r["reward"])
+        return rows[best_and_worst(rows, name)[1]]
+
+    def first_two(terms: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+        return sorted(terms, key=lambda t: (-best(t)["reward"], sha(0, name, t[0]["source"])))[:2]
+
+    def alike(rows: list[dict[str, Any]]) -> bool:
+        return len({r["text"] for r in rows}) == 1
 
     sources = {s: [r for r in responses if r["source"] == s] for s in dict.fromkeys(r["source"] for r in responses)}
     if kind == "sft":
-        return [[r] for r in sorted(responses, key=lambda r: -r["reward"])[:2]]
+        return [[responses[i]] for i in falling(responses, name)[:2]]
     if kind == "pair":
         pairs = [[best(y), worst(y)] for y in sources.values() if best(y)["reward"] > worst(y)["reward"]]
-        return sorted(pairs, key=lambda t: -t[0]["reward"])[:2]
+        return first_two([pair for pair in pairs if not alike(pair)])
     if kind == "rloo":
-        return sorted((y for y in sources.values() if len(y) > 1), key=lambda y: -best(y)["reward"])[:2]
+        return first_two([y for y in sources.values() if len(y) > 1 and not alike(y)])
     if kind == "wrpo":
         own, others = sources.get("a", []), [r for r in responses if r["source"] != "a"]
         usable = len(own) > 1 and others and best(own)["reward"] > worst(own)["reward"]
-        return [[best(others), best(own), worst(own)]] if usable else []
+        pair = [best(own), worst(own)] if usable else []
+        return [[others[falling(others, name)[0]], *pair]] if pair and not alike(pair) else []
     return []
 
 
@@ -229,6 +240,78 @@ def test_unfinished_answers(make: Any) -> None:
     assert len(make([row], "a", kind="rank")[0].responses) == 1
     kept = make([row], "b", kind="rank", on_unfinished="no_end_of_turn")
     assert [(len(r), int(r[-1] == 2)) for r in kept[0].responses] == [(11, 1), (20, 0)]
+
+
+CUT = "the first thirty characters are all that fits"
+
+
+def test_pairs_that_are_cut_to_the_same_tokens(make: Any) -> None:
+    """cases: pairs/identical_after_truncation. The pair of the other source has the whole weight."""
+    answers = [("x", f"{CUT} ONE", 0.2), ("x", f"{CUT} TWO", 0.1), ("y", "a short one", 0.19), ("y", "bad", 0.1)]
+    row = {
+        "prompt_id": "p",
+        "prompt": "hm",
+        "responses": [{"source": s, "text": t, "reward": r} for s, t, r in answers],
+    }
+    long = make([row], "long", kind="pair")[0]
+    assert len(long.members) == 2 and long.weights[0] > 0.8
+    frame = len(long.prompt)
+    cut = make([row], "cut", kind="pair", max_length=frame + 15, on_long_response="truncate_end")
+    (group,) = cut
+    assert group.weights.tolist() == [1.0] and set(group.sources) == {"y"}
+    assert cut.manifest["counts"]["terms_dropped.same_tokens"] == 1
+    assert cut.manifest["counts_by_source"]["x"]["terms_dropped.same_tokens"] == 1
+
+
+def test_pairs_that_the_template_trims_to_the_same_tokens(make: Any, tmp_path: Path) -> None:
+    template = tmp_path / "trim.jinja"
+    template.write_text(CHATML.replace("message['content']", "message['content'] | trim"))
+    rows = [lengths(8, 12)]
+    rows[0]["responses"] = [
+        {"source": s, "text": t, "reward": r}
+        for s, t, r in (("x", "the answer\n", 0.2), ("x", "the answer", 0.1), ("y", "one", 0.19), ("y", "two", 0.1))
+    ]
+    (group,) = made = make(rows, kind="pair", chat_template=template)
+    assert group.weights.tolist() == [1.0] and set(group.sources) == {"y"}
+    assert made.manifest["counts"]["terms_dropped.same_tokens"] == 1
+    rows[0]["responses"][2]["source"] = "z"
+    with pytest.raises(DataError, match=r"no group is left.*target_same_tokens 1"):
+        make(rows, "wrpo", kind="wrpo", target_source="x", chat_template=template)
+
+
+def test_rloo_sources_of_equal_rewards_are_told(make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {
+        "prompt_id": "p",
+        "prompt": "q",
+        "responses": [{"source": "ab"[n > 1], "text": f"t {n}", "reward": float(n == 2)} for n in range(4)],
+    }
+    made = make([row], kind="rloo")
+    assert len(made[0].members) == 2, "kept: the KL term may tell them apart"
+    assert made.manifest["counts"]["terms_kept.equal_rewards"] == 1
+    assert made.manifest["counts_by_source"]["a"]["terms_kept.equal_rewards"] == 1
+    assert run_build(BuildConfig(**{**made.manifest["config"], "inputs": (tmp_path / "out.jsonl",)})) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "source a: in 1 prompts all of its rewards are equal" in out and "source b: in" not in out
+
+
+@pytest.mark.parametrize("text_config", [True, False])
+def test_sequences_beyond_the_models_positions_are_told(make: Any, tmp_path: Path, text_config: bool) -> None:
+    folder = make_tokenizer(tmp_path / "short", 512)
+    row = lengths(8, 12, 20)
+    ds = make([row], "free", kind="rank")
+    limit = len(ds[0].prompt) + min(map(len, ds[0].responses))  # the shortest response fits exactly
+    positions = {"max_position_embeddings": limit}
+    config = {"vocab_size": 512, **({"text_config": positions} if text_config else positions)}
+    (folder / "config.json").write_text(json.dumps(config))
+    manifest = make([row], kind="rank", tokenizer=folder).manifest
+    assert manifest["counts"]["responses_beyond_max_position_embeddings"] == 1
+    (warning,) = manifest["warnings"]
+    longest = manifest["max_sequence_tokens"]
+    assert f"longest of {longest} tokens" in warning and f"max_position_embeddings = {limit}" in warning
+    positions["max_position_embeddings"] = longest
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 512, **positions}))
+    fits = make([row], "fits", kind="rank", tokenizer=folder).manifest
+    assert not fits["warnings"] and "responses_beyond_max_position_embeddings" not in fits["counts"]
 
 
 def test_restart_and_overwrite(make: Any, tmp_path: Path, model: Path) -> None:

@@ -64,6 +64,19 @@ def test_command_reports_errors(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "Is a directory" in out and "bad record(s)" not in out
 
 
+def test_nothing_left_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = {"source": "a", "text": " ", "reward": 1.0}
+    path = lines(tmp_path / "x.jsonl", [{"prompt_id": "1", "prompt": "Hi", "responses": [empty]}])
+    assert data_check.run(data_check.DataCheckConfig(files=(path,), on_bad_response="drop")) == 2
+    assert "0 bad record(s); no good response is left" in capsys.readouterr().out
+    assert data_check.run(data_check.DataCheckConfig(files=(path,))) == 2
+    assert "1 bad record(s); no good record is left" in capsys.readouterr().out
+    assert data_check.run(data_check.DataCheckConfig(files=(path,), form="prompts")) == 0
+    some = lines(tmp_path / "y.jsonl", [row("2", 1.0)])
+    assert data_check.run(data_check.DataCheckConfig(files=(path, some), on_bad_response="drop")) == 0
+    assert "is left" not in capsys.readouterr().out
+
+
 def test_prompts_only(tmp_path: Path) -> None:
     path = lines(tmp_path / "x.jsonl", [{"prompt_id": "1", "prompt": "Hi"}])
     assert data_check.run(data_check.DataCheckConfig(files=(path,), form="prompts")) == 0

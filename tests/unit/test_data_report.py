@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from megafuse.cli.main import main
 from megafuse.data.report import ALPHAS, collect, effective_sources
+from megafuse.testing.ranking import best_and_worst, falling
 
 SOURCES = ("a", "b<script>alert(1)</script>", "c$x_1$")
 
@@ -45,7 +47,8 @@ def write(path: Path, given: list[dict[str, Any]]) -> Path:
 
 def test_numbers(tmp_path: Path) -> None:
     given = rows(60)
-    data = collect([write(tmp_path / "a.jsonl", given)])
+    seed = random.randrange(100)
+    data = collect([write(tmp_path / "a.jsonl", given)], seed=seed)
     assert data.prompts == 60 and len(data.groups) == 10
     assert sum(map(len, data.rewards.values())) == sum(len(r["responses"]) for r in given)
     for one in SOURCES:
@@ -63,13 +66,19 @@ def test_numbers(tmp_path: Path) -> None:
             top = {r["source"] for r in row["responses"] if r["reward"] == max(x["reward"] for x in row["responses"])}
             share += (source in top) / len(top)
         assert data.best[source] == pytest.approx(share)
+    taken: Counter[str] = Counter()
+    tied = 0
+    for row in given:
+        order = [row["responses"][i] for i in falling(row["responses"], row["prompt_id"], seed)]
+        taken.update(r["source"] for r in order[:4])
+        tied += len(order) > 4 and order[3]["reward"] == order[4]["reward"]
+    assert data.taken == taken and data.tied_at_k == tied
     longer = shorter = 0
     for row in given:
         for source in SOURCES:
             own = [r for r in row["responses"] if r["source"] == source]
             if own and max(r["reward"] for r in own) > min(r["reward"] for r in own):
-                chosen = max(own, key=lambda r: r["reward"])
-                rejected = min(own, key=lambda r: r["reward"])
+                chosen, rejected = (own[i] for i in best_and_worst(own, row["prompt_id"], seed))
                 if chosen["text"] != rejected["text"]:
                     longer += len(chosen["text"]) > len(rejected["text"])
                     shorter += len(chosen["text"]) < len(rejected["text"])

@@ -1,6 +1,8 @@
+import hashlib
 import json
 import math
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -16,23 +18,28 @@ class Prompt:
     sources: tuple[str, ...]
     rewards: np.ndarray
     prompt_id: str = "p"
+    responses: tuple[np.ndarray, ...] = ()
 
 
-def prompt(sources: str, *rewards: float) -> Prompt:
-    return Prompt(tuple(sources), np.array(rewards, dtype=np.float64))
+def prompt(sources: str, *rewards: float, prompt_id: str = "p") -> Prompt:
+    responses = tuple(np.array([i, 7], np.int32) for i in range(len(sources)))
+    return Prompt(tuple(sources), np.array(rewards, dtype=np.float64), prompt_id, responses)
 
 
-def pair(responses: list[tuple[float, Fraction]]) -> tuple[Fraction, Fraction] | str:
-    """(score of the best, score of the worst) of [(reward, score)], or why there is no pair. Ties: the first."""
+Candidate = tuple[float, Fraction, str]  # reward, score, what decides between equal rewards: the lowest counts
+
+
+def pair(responses: list[Candidate]) -> tuple[Fraction, Fraction] | str:
+    """(score of the best, score of the worst), or why there is no pair."""
     if len(responses) < 2:
         return "single"
-    best = worst = responses[0]
-    for response in responses[1:]:
-        if response[0] > best[0]:
-            best = response
-        if response[0] < worst[0]:
-            worst = response
+    best = min(responses, key=lambda r: (-r[0], r[2]))
+    worst = min(responses, key=lambda r: (r[0], r[2]))
     return "equal" if best[0] == worst[0] else (best[1], worst[1])
+
+
+def sha(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps([0, *parts]).encode()).hexdigest()
 
 
 def expected(found: list[tuple[Fraction, Fraction] | str]) -> dict[str, Any]:
@@ -62,12 +69,12 @@ def brute_force(groups: list[Prompt], logps: list[int], lengths: list[int]) -> d
     cross = []
     for group in groups:
         own, scores = scores[: len(group.sources)], scores[len(group.sources) :]
-        seen: dict[str, list[tuple[float, Fraction]]] = {}
-        for source, reward, score in zip(group.sources, group.rewards.tolist(), own):
-            seen.setdefault(source, []).append((reward, score))
+        seen: dict[str, list[Candidate]] = {}
+        for source, reward, score, ids in zip(group.sources, group.rewards.tolist(), own, group.responses):
+            seen.setdefault(source, []).append((reward, score, sha(group.prompt_id, source, ids.tobytes().hex())))
         for source, responses in seen.items():
             intra[source].append(pair(responses))
-        cross.append(pair([responses[0] for responses in seen.values()]))
+        cross.append(pair([(*responses[0][:2], sha(group.prompt_id, source)) for source, responses in seen.items()]))
     assert not scores
     per_source = {name: expected(intra[name]) for name in names}
     counted = [s for s in per_source.values() if s["accuracy"] is not None]
@@ -98,7 +105,8 @@ def test_against_brute_force_on_random_data() -> None:
         for _ in range(rng.integers(0, 12)):
             n = int(rng.integers(1, 9))
             # integer rewards and power-of-two lengths: quotients are exact, so ties are ties in both
-            groups.append(prompt("".join(rng.choice(list("cab"), n)), *rng.integers(0, 4, n)))
+            name = f"p{rng.integers(10**6)}"
+            groups.append(prompt("".join(rng.choice(list("cab"), n)), *rng.integers(0, 4, n), prompt_id=name))
             logps += (-rng.integers(1, 9, n)).tolist()
             lengths += (2 ** rng.integers(0, 3, n)).tolist()
         result = rank_accuracy(groups, np.array(logps, dtype=np.float64), np.array(lengths, dtype=np.int64)).to_json()
@@ -121,6 +129,30 @@ def test_by_hand() -> None:
     assert result.cross.accuracy == 0.5 and result.cross.score_ties == 2
     assert result.per_source["a"].best_logp == -2.0 and result.per_source["a"].margin == -0.75
     assert result.per_source["b"].skipped_single == 1
+
+
+def test_no_source_is_preferred_for_where_it_stands() -> None:
+    """Rewards 1, 1, 0 of sources a, b, c: whether a or b is the best one is a fair coin, whoever comes first."""
+    groups = [prompt("abc", 1.0, 1.0, 0.0, prompt_id=f"p{i}") for i in range(2000)]
+    logps, lengths = np.tile([-1.0, -3.0, -2.0], 2000), np.ones(6000)  # right with a, wrong with b
+    found = rank_accuracy(groups, logps, lengths).cross
+    assert abs(found.correct - 1000) < 5 * math.sqrt(2000 * 0.25), found.correct
+    turned = [Prompt(("b", "c", "a"), np.array([1.0, 0.0, 1.0]), g.prompt_id, g.responses) for g in groups]
+    assert rank_accuracy(turned, np.tile([-3.0, -2.0, -1.0], 2000), lengths).cross == found
+
+
+def test_the_order_of_a_source_s_responses_does_not_matter() -> None:
+    rng = random.Random()
+    groups = [prompt("a" * 6, *rng.choices((0.0, 1.0, 2.0), k=6), prompt_id=f"p{i}") for i in range(200)]
+    logps = np.array([rng.random() for _ in range(1200)])
+    orders = [rng.sample(range(6), 6) for _ in groups]
+    turned = [
+        replace(g, rewards=g.rewards[order], responses=tuple(g.responses[i] for i in order))
+        for g, order in zip(groups, orders)
+    ]
+    there = np.concatenate([logps[6 * n : 6 * n + 6][order] for n, order in enumerate(orders)])
+    one, two = (rank_accuracy(g, x, np.ones(1200)).per_source["a"] for g, x in ((groups, logps), (turned, there)))
+    assert one == two and one.pairs > 100
 
 
 def test_the_score_is_the_mean_not_the_sum() -> None:
