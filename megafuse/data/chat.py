@@ -248,6 +248,15 @@ def _common_end(one: str, other: str) -> str:
     return one[len(one) - next(differs, min(len(one), len(other))) :]
 
 
+def lead_of(tokenizer: Any) -> str:
+    """White space that the template writes before an answer, so that it is none of the answer's: Mistral's blank, with
+    which vLLM gives back what was generated. "" where the template has none, or another form."""
+    try:
+        return ChatTemplate(tokenizer).turn.lead
+    except ConfigError:
+        return ""
+
+
 def _assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 

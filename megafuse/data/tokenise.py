@@ -40,7 +40,7 @@ class Answer:
     body: np.ndarray  # [T] int32
     whole: np.ndarray  # [T + E] int32; [0] where the answer has no tokens
     dropped: str = ""  # the reason: template_refuses_it, no_thinking, no_token
-    notes: tuple[str, ...] = ()  # what to count: control_tokens_in_their_text, unknown_tokens, text_left_out
+    notes: tuple[str, ...] = ()  # what to count: see ChatTokenizer._answer
 
 
 _NONE = np.zeros(0, np.int32)
@@ -177,6 +177,7 @@ class ChatTokenizer:
             return Answer(_NONE, _NONE, self._missing if written is None else "no_token")
         assert written is not None
         facts = {
+            "white_space_in_front": written.removeprefix(self.template.turn.lead)[:1].isspace(),
             "control_tokens_in_their_text": self.has_control_text(text),
             "unknown_tokens": self._tokenizer.unk_token_id in body,
             "text_left_out": not self.template.thinking_in_answers and text.strip() not in written,

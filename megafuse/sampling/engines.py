@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megafuse.data.chat import load_tokenizer
+from megafuse.data.chat import lead_of, load_tokenizer
 from megafuse.data.render import render
 from megafuse.errors import ConfigError, DataError
 from megafuse.sampling.client import ChatClient, ServerError
@@ -91,6 +91,7 @@ class VllmEngine:
     ) -> None:
         self.parameters, self.max_tokens, self.max_model_len = parameters, max_tokens, max_model_len
         self.tokenizer = load_tokenizer(folder, chat_template)  # before minutes are spent on weights
+        self.lead = lead_of(self.tokenizer)
         if tensor_parallel == 1:
             # one process: it dies with us, and its batches do not depend on when a message arrives
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -143,7 +144,9 @@ class VllmEngine:
         self.llm.reset_prefix_cache()
         outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
         first = [output.outputs[0] for output in outputs]
-        return [Generated(o.text, o.finish_reason or "unknown", len(o.token_ids)) for o in first]
+        return [
+            Generated(o.text.removeprefix(self.lead), o.finish_reason or "unknown", len(o.token_ids)) for o in first
+        ]
 
 
 class ServerEngine:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from megafuse.data.chat import lead_of, load_tokenizer
 from megafuse.data.tokenise import ChatTokenizer
 from megafuse.errors import ConfigError, DataError
 from megafuse.testing.chat_families import CHAT_FAMILIES
@@ -166,6 +167,7 @@ def body(message: str, generate: str = "<|im_start|>assistant\n") -> str:
 def test_templates_that_trim(tmp_path: Path, filter_: str, want: str) -> None:
     tokenizer = ChatTokenizer(folder(tmp_path, body("{{ m.content" + filter_ + " }}<|im_end|>\n")))
     (found,) = tokenizer.answers([" \n x \n"])
+    assert found.notes == (("white_space_in_front",) if want[0].isspace() else ())
     np.testing.assert_array_equal(found.body, tokenizer._encode([want], control=False)[0])
 
 
@@ -325,6 +327,14 @@ def test_characters_that_the_tokenizer_does_not_know(tmp_path: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"unk_token": "<|endoftext|>"}))
     found = ChatTokenizer(path).answers(["It is \u65e5.", "It is 6."])
     assert [answer.notes for answer in found] == [("unknown_tokens",), ()]
+
+
+def test_the_blank_that_belongs_to_the_template(tmp_path: Path) -> None:
+    """Before a generated answer it is no part of it."""
+    leads = {}
+    for name in ("llama_2", "mistral_0.3", "mistral_nemo", "qwen_2.5", "r1_distill_qwen"):
+        leads[name] = lead_of(load_tokenizer(CHAT_FAMILIES[name].write(tmp_path / name)))
+    assert leads == {"llama_2": " ", "mistral_0.3": " ", "mistral_nemo": "", "qwen_2.5": "", "r1_distill_qwen": ""}
 
 
 @pytest.mark.parametrize("name", CHAT_FAMILIES)
