@@ -46,8 +46,8 @@ _PATHS = ("inputs", "output", "tokenizer", "chat_template", "overwrite", "beside
 _LATER = ("domain_rules", "thinking", "system_messages")
 TIES = "sources in turn, by hash of seed, prompt_id and source"  # `ties` of a manifest: see data.select
 OLD_TIES = (
-    "it was built by an earlier version, when of equal rewards the source that stands first in the file was taken, and "
-    "pairs of equal tokens were kept; with overwrite (--overwrite) it is built anew"
+    "it is of an earlier version, in which of equal rewards the source that stands first in the file was taken, and "
+    "pairs of equal tokens were kept; with overwrite (--overwrite) the data set is built anew"
 )
 
 Progress = Callable[[int, int], None]

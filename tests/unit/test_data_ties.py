@@ -157,8 +157,8 @@ def test_fusesft_on_verifier_rewards_prefers_no_source(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["sft", "pair", "rloo", "wrpo"])
 def test_shuffled_responses_give_the_same_terms(tmp_path: Path, model: Path, kind: str) -> None:
     rng = random.Random()
-    rows = rows_of(rng, 60, ties=True)
-    settings: dict[str, Any] = {"kind": kind, "k": 2 if kind != "wrpo" else None}
+    rows = rows_of(rng, 150, ties=True)
+    settings: dict[str, Any] = {"kind": kind, "k": 3 if kind != "wrpo" else None, "alpha": 1.0}
     settings |= {"target_source": "a"} if kind == "wrpo" else {}
     found = []
     for name in ("one", "two"):
