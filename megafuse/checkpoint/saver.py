@@ -139,7 +139,9 @@ class Saver:
         facts = f"step {step}: no checkpoint is written, these are NaN or infinite: {shortened(names)}"
         if keeper.config.on_nonfinite == "rollback":
             raise RollBack(step, facts)
-        left = f"The newest good one is of step {good[-1]}, and a new start goes on from it" if good else "There is none"
+        left = (
+            f"The newest good one is of step {good[-1]}, and a new start goes on from it" if good else "There is none"
+        )
         raise NonFiniteError(
             f"{facts}. {left}. Lower optim.lr (--allow_change optim.lr), look at the data since then, or set "
             "on_nonfinite = 'rollback', which leaves out the batch of this step"

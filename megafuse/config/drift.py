@@ -82,9 +82,7 @@ def find_drift(config: TrainConfig) -> dict[str, tuple[Any, Any]]:
             )
     began = _began(config)
     before = now if began is None else _flat(began.model_dump(mode="json"))
-    changed = {
-        key: (before.get(key), now[key]) for key in now if before.get(key) != now[key] and not _is_free(key)
-    }
+    changed = {key: (before.get(key), now[key]) for key in now if before.get(key) != now[key] and not _is_free(key)}
     if refused := {key: values for key, values in changed.items() if key not in config.allow_change}:
         raise ConfigError(
             f"{config.run_dir} is a run with another configuration:\n"

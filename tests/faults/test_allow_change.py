@@ -179,7 +179,9 @@ def test_every_optimizer_takes_all_of_them(
     inputs: Path, tmp_path: Path, distributed: bool, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = {"model": {"precision": precision}}
-    train(config(inputs, tmp_path / "half" / "sft-half", "sft", **here, optim={"distributed": distributed}, max_steps=2))
+    train(
+        config(inputs, tmp_path / "half" / "sft-half", "sft", **here, optim={"distributed": distributed}, max_steps=2)
+    )
     shutil.copytree(inputs / "sft", tmp_path / "half" / "sft")
     (tmp_path / "half" / "model").symlink_to(inputs / "model")
     optim = {name: value for field in OPTIM if field.startswith("optim.") for name, value in OPTIM[field].items()}
@@ -320,7 +322,9 @@ def test_a_last_checkpoint_without_optimizer_cannot_be_made_longer(inputs: Path,
     train(config(inputs, tmp_path / "run", "sft", **weights_only))
     before = (tmp_path / "run" / CONFIG_FILE).read_bytes()
     last = tmp_path / "run" / "checkpoints" / step_name(4)
-    with pytest.raises(ConfigError, match=r"no optimizer state.*model.path, or remove it, and the run goes on from st.* 2"):
+    with pytest.raises(
+        ConfigError, match=r"no optimizer state.*model.path, or remove it, and the run goes on from st.* 2"
+    ):
         train(config(inputs, tmp_path / "run", "sft", **longer))
     assert (tmp_path / "run" / CONFIG_FILE).read_bytes() == before
     assert train(config(inputs, tmp_path / "run", "sft", **weights_only)) == last  # complete, as before

@@ -104,14 +104,14 @@ def spoil(folder: Path, name: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_weights_to_start_from_are_looked_at_before_the_first_step(
-    inputs: Path, tmp_path: Path, value: float
-) -> None:
+def test_weights_to_start_from_are_looked_at_before_the_first_step(inputs: Path, tmp_path: Path, value: float) -> None:
     """Such as a row of the embedding that no prompt has: its loss would be a number."""
     shutil.copytree(inputs / "model", tmp_path / "model")
     spoil(tmp_path / "model", "model.embed_tokens.weight", value)
     bad = config(inputs, tmp_path / "run", model={"path": tmp_path / "model"})
-    with pytest.raises(IntegrityError, match=r"model holds weights that are NaN or infinite: embedding.word_emb.*rank 0"):
+    with pytest.raises(
+        IntegrityError, match=r"model holds weights that are NaN or infinite: embedding.word_emb.*rank 0"
+    ):
         train(bad)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

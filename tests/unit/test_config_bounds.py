@@ -66,7 +66,10 @@ ARGUMENTS = ["--run_dir", "run", "--model.path", "m", "--data.dataset", "d", "--
     [
         (["--optim.lr", "inf"], ["optim.lr = inf", "finite number"]),
         (["--optim.lr", "1e38"], ["optim.lr = 1e+38", "overflow", "1e+18"]),
-        (["--optim.lr", "1e-5", "--optim.min_lr", "1e-4"], ["optim.min_lr = 0.0001", "above optim.lr = 1e-05", "lower"]),
+        (
+            ["--optim.lr", "1e-5", "--optim.min_lr", "1e-4"],
+            ["optim.min_lr = 0.0001", "above optim.lr = 1e-05", "lower"],
+        ),
         (["--optim.lr", "1", "--optim.eps", "1e-46"], ["optim.eps = 1e-46"]),
         (["--optim.lr", "1", "--guard.spike_factor", "nan"], ["guard.spike_factor = nan", "finite"]),
         (["--optim.lr", "1", "--guard.hang_seconds", "1e12"], ["guard.hang_seconds = 1000000000000.0"]),
