@@ -88,9 +88,7 @@ def load_model(model: list[Any], topology: Topology, folder: Path) -> None:
     if not (folder / ".metadata").is_file():
         load_hf_into(model, topology, folder)
     else:
-        if (
-            folder / "hf" / "config.json"
-        ).is_file():  # megatron-core compares shapes, but ignores what it has no use for
+        if (folder / "hf" / "config.json").is_file():  # mcore ignores what it has no use for
             with open_weights(folder) as (plan, _):
                 tensors = local_tensors(model_state(model, topology))
                 check_fits(plan, tensors, tp_size=topology.tp_size, where=str(folder))

@@ -1,4 +1,4 @@
-"""`allow_change`, field by field: every field that a start may not simply change acts to the run's end, or is refused."""
+"""`allow_change`, field by field: each that a start may not simply change acts to the run's end, or is refused."""
 
 import math
 import shutil
@@ -32,7 +32,7 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, another one, data sets of every kind, and for every loss a run of four steps: `whole`, and `half` done."""
+    """Two models, data sets of every kind, and for every loss a run of four steps: `whole`, and `half` done."""
     root = tmp_path_factory.mktemp("allow_change")
     for name, seed in (("model", 1), ("other", 2)):
         write_tiny_llama(root / name, seed=seed, layers=1)
@@ -178,10 +178,8 @@ def test_optimizer_and_schedule(inputs: Path, tmp_path: Path, field: str, monkey
 def test_every_optimizer_takes_all_of_them(
     inputs: Path, tmp_path: Path, distributed: bool, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = {"model": {"precision": precision}}
-    train(
-        config(inputs, tmp_path / "half" / "sft-half", "sft", **here, optim={"distributed": distributed}, max_steps=2)
-    )
+    here, sharding = {"model": {"precision": precision}}, {"distributed": distributed}
+    train(config(inputs, tmp_path / "half" / "sft-half", "sft", **here, optim=sharding, max_steps=2))
     shutil.copytree(inputs / "sft", tmp_path / "half" / "sft")
     (tmp_path / "half" / "model").symlink_to(inputs / "model")
     optim = {name: value for field in OPTIM if field.startswith("optim.") for name, value in OPTIM[field].items()}
@@ -322,9 +320,7 @@ def test_a_last_checkpoint_without_optimizer_cannot_be_made_longer(inputs: Path,
     train(config(inputs, tmp_path / "run", "sft", **weights_only))
     before = (tmp_path / "run" / CONFIG_FILE).read_bytes()
     last = tmp_path / "run" / "checkpoints" / step_name(4)
-    with pytest.raises(
-        ConfigError, match=r"no optimizer state.*model.path, or remove it, and the run goes on from st.* 2"
-    ):
+    with pytest.raises(ConfigError, match=r"no optimizer state.*, or remove it, and the run goes on from step 2"):
         train(config(inputs, tmp_path / "run", "sft", **longer))
     assert (tmp_path / "run" / CONFIG_FILE).read_bytes() == before
     assert train(config(inputs, tmp_path / "run", "sft", **weights_only)) == last  # complete, as before

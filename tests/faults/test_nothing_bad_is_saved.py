@@ -68,8 +68,8 @@ def test_no_checkpoint_of_a_state_that_is_bad_on_one_rank(inputs: Path, tmp_path
         saved[name] = complete_steps(root)
         assert not list(root.glob("*.tmp"))
     for name in ("last", "async", "skip"):
-        told = "NonFiniteError: step 4: no checkpoint is written, these are NaN or infinite: decoder.final_layernorm.weight "
-        assert errors[name].startswith(f"{told}(rank 1). The newest good one is of step 2, and a new start")
+        told = "NonFiniteError: step 4: no checkpoint is written, these are NaN or infinite: decoder.final_layernorm"
+        assert errors[name].startswith(f"{told}.weight (rank 1). The newest good one is of step 2: a new start")
         assert "optim.lr" in errors[name] and saved[name] == [2]
     for name, kind in {"moment": "exp_avg", "moment_sharded": "exp_avg", "master": "fp32_param",
                        "master_sharded": "param"}.items():  # fmt: skip
@@ -109,9 +109,7 @@ def test_weights_to_start_from_are_looked_at_before_the_first_step(inputs: Path,
     shutil.copytree(inputs / "model", tmp_path / "model")
     spoil(tmp_path / "model", "model.embed_tokens.weight", value)
     bad = config(inputs, tmp_path / "run", model={"path": tmp_path / "model"})
-    with pytest.raises(
-        IntegrityError, match=r"model holds weights that are NaN or infinite: embedding.word_emb.*rank 0"
-    ):
+    with pytest.raises(IntegrityError, match=r"model holds weights that are NaN or infinite: embedding.*rank 0"):
         train(bad)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

@@ -80,9 +80,7 @@ def test_the_message_names_the_tensor_and_both_shapes(folders: Path) -> None:
     wanted = r"wide is another model: its embedding\.word_embeddings\.weight is \[120, 96\], that .* is \[120, 48\]"
     with pytest.raises(IntegrityError, match=wanted):
         fill(read_arch(folders / "policy"), folders / "wide")
-    with pytest.raises(
-        IntegrityError, match=r"untied is another model: it has output_layer\.weight, which the model to"
-    ):
+    with pytest.raises(IntegrityError, match=r"untied is another model: it has output_layer\.weight, which the"):
         fill(read_arch(folders / "policy"), folders / "untied")
 
 
@@ -97,8 +95,6 @@ def test_a_checkpoint_whose_configuration_was_exchanged(folders: Path, tmp_path:
         lambda: export_hf(tmp_path / "model", tmp_path / "out"),
         lambda: weights_digest(tmp_path / "model"),
     ):
-        with pytest.raises(
-            IntegrityError, match=r"hf/config\.json has|hf/config\.json is not the one that the checkpoint"
-        ):
+        with pytest.raises(IntegrityError, match=r"hf/config\.json (has|is not the one that)"):
             take()
     assert not (tmp_path / "out").exists()
