@@ -131,7 +131,7 @@ class Saver:
             self._failed(step, folder, error, final=must, background=False)
 
     def _refuse_non_finite(self, state: dict[str, Any], step: int) -> None:
-        """The last update was refused if its loss or gradient was bad; what it made of the weights is looked at here."""
+        """The last update was refused if its loss or gradient was bad; what it made of the weights, here."""
         keeper = self.keeper
         if not (names := non_finite(named_tensors(state), keeper.topology)):
             return
