@@ -41,22 +41,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train(config(root, root / f"{name}-whole", name))
         shutil.copytree(root / f"{name}-whole", root / f"{name}-half")
         shutil.rmtree(root / f"{name}-half" / "checkpoints" / step_name(4))
-    write_tiny_dataset(root / "held_out", "sft", seed=9, groups=3)
-    rename_prompts(root / "held_out")
+    write_held_out(root / "held_out", "sft", 9)
     return root
 
 
-def rename_prompts(folder: Path) -> None:
+def write_held_out(folder: Path, kind: str, seed: int) -> None:
     """Prompts of an evaluation must be others than those of training."""
-    from megafuse.testing import tiny
-
-    shutil.rmtree(folder)
-    original = tiny._random_group
-    try:
-        tiny._random_group = lambda name, *rest: original(f"held-{name}", *rest)  # type: ignore[assignment]
-        write_tiny_dataset(folder, "sft", seed=9, groups=3)
-    finally:
-        tiny._random_group = original
+    write_tiny_dataset(folder, kind, seed=seed, groups=3)
+    for path in (folder / "groups").glob("*.arrow"):  # ids of the same length: the file stays valid
+        path.write_bytes(path.read_bytes().replace(b"p000", b"h000"))
 
 
 def config(root: Path, run: Path, base: str, **settings: Any) -> TrainConfig:
@@ -262,6 +255,25 @@ def test_held_out(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     go_on(inputs, tmp_path / "run", "sft", changes, monkeypatch)
     assert "held_out/loss" in read_metrics(tmp_path / "run")[-1]
     assert numbers(tmp_path / "run") == numbers(inputs / "sft-whole")
+
+
+def test_held_out_log_probs_of_other_prompts_are_named(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seed in (("one", 5), ("two", 6)):
+        write_held_out(tmp_path / name, "pair", seed)
+    allowed = ("held_out.dataset", "max_steps")
+    one = {"held_out": {"dataset": tmp_path / "one"}, "max_steps": 3, "allow_change": allowed}
+    go_on(inputs, tmp_path / "run", "dpo", one, monkeypatch)
+    two = config(inputs, tmp_path / "run", "dpo", held_out={"dataset": tmp_path / "two"}, allow_change=allowed)
+    with pytest.raises(
+        IntegrityError, match=r"data: the data set .*\n.*remove .*held_out_reference to have it computed"
+    ):
+        train(two)
+    shutil.rmtree(tmp_path / "run" / "held_out_reference")
+    train(two)
+    # that of step 2 is made up for: its checkpoint had none yet
+    assert [("held_out/loss" in record) for record in read_metrics(tmp_path / "run")] == [False, True, True, True]
 
 
 REFUSED: dict[str, dict[str, Any]] = {
