@@ -1,6 +1,7 @@
 """Weights and configuration of one model, and another that is to take them: compared whole, never cut to fit."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from megafuse.converters.digest import weights_digest
 from megafuse.converters.direct import load_hf_into
 from megafuse.converters.exporter import export_hf
 from megafuse.converters.importer import import_hf
-from megafuse.errors import IntegrityError
+from megafuse.errors import DataError, IntegrityError
 from megafuse.model.arch import ModelArch, read_arch
 from megafuse.model.build import build_model, choose_backend
 from megafuse.parallel.topology import layout, process_groups
@@ -42,17 +43,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def fill(arch: ModelArch, path: Path) -> None:
-    """Load the folder into a model of `arch`, both ways."""
+def fill(arch: ModelArch, path: Path, by: Any = None) -> None:
+    """Load the folder into a model of `arch`, as `load_model` or (a Hugging Face folder) `load_hf_into` does."""
     parallel = ParallelConfig()
     settings = ModelConfig(path=path, precision="fp32")
     backend = choose_backend(settings, parallel, head_dim=arch.head_dim, prefix_sharing=True)
     with process_groups(), layout(parallel) as topology:
         model = build_model(arch, parallel, topology, backend)
-        if (path / ".metadata").is_file():
-            load_model(model, topology, path)
-        else:
-            load_hf_into(model, topology, path)
+        (by or (load_model if (path / ".metadata").is_file() else load_hf_into))(model, topology, path)
 
 
 @pytest.mark.parametrize("imported", [False, True], ids=["hf", "torch_dist"])
@@ -82,6 +80,14 @@ def test_the_message_names_the_tensor_and_both_shapes(folders: Path) -> None:
         fill(read_arch(folders / "policy"), folders / "wide")
     with pytest.raises(IntegrityError, match=r"untied is another model: it has output_layer\.weight, which the"):
         fill(read_arch(folders / "policy"), folders / "untied")
+
+
+def test_an_output_layer_that_its_configuration_ties_away_is_not_lost(folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders / "untied", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    with pytest.raises(DataError, match=r"tie_word_embeddings = true, but lm_head\.weight differs"):
+        fill(read_arch(tmp_path / "model"), tmp_path / "model", by=load_model)
 
 
 @pytest.mark.parametrize("change", [{"vocab_size": 100}, {"rms_norm_eps": 1e-6}, {"num_hidden_layers": 1}], ids=str)
