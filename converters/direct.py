@@ -4,6 +4,7 @@ megatron-core's own sharded state dict says which part of which tensor a rank ho
 its rows lie. So every layout that mcore can cut a model into is served: uneven and virtual pipelines, experts, padding.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,17 @@ def load_hf_into(model: list[Any], topology: Topology, folder: str | Path, *, bl
     """Fill the bare chunks `model` with the weights of the Hugging Face folder (or checkpoint) `folder`, cast to fit.
 
     A rank reads the rows that it holds; of a row-parallel matrix whole rows, of which it keeps its columns. Memory: a
-    block. Not collective. Raises IntegrityError where a parameter is not among the weights, or not all of it.
+    block. Not collective. Raises IntegrityError where the folder holds another model (see `check_fits`), or a parameter
+    is not among the weights, or not all of it.
     """
     from megafuse.checkpoint.state import model_state
 
     parameters = {p.data_ptr(): p.numel() for chunk in model for p in chunk.parameters()}
     filled = 0
     with open_weights(folder) as (plan, view), torch.no_grad():
-        for tensor in local_tensors(model_state(model, topology)):
+        tensors = local_tensors(model_state(model, topology))
+        check_fits(plan, tensors, tp_size=topology.tp_size, where=str(folder))
+        for tensor in tensors:
             fill(tensor.data, plan, view, tensor.key, tensor.global_offset, block_bytes=block_bytes)
             filled += tensor.data.numel()
     if filled != sum(parameters.values()):
@@ -41,6 +45,33 @@ def local_tensors(state: dict[str, Any]) -> list[Any]:
 
     apply_factories(state)
     return [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
+
+
+def check_fits(plan: Plan, tensors: Sequence[Any], *, tp_size: int, where: str) -> None:
+    """Compare what this rank holds of a model, its ShardedTensors, with the whole model that `plan` describes.
+
+    Shapes are those of whole tensors, (layers, experts, rows, columns); a vocabulary may be padded to a multiple of the
+    tensor-parallel ranks. The layers and ends of the model that are here must be made of the same tensors.
+
+    Raises:
+        IntegrityError: naming a tensor and both shapes, or a tensor that one of the two does not have.
+    """
+    here: dict[str, Packed] = {}
+    for tensor in tensors:
+        packed = _packed(plan, tensor.key, tuple(tensor.global_offset[: len(tensor.global_offset) - tensor.data.ndim]))
+        here[tensor.key] = packed
+        wanted, found = (*plan.stack(packed.row), *packed.shape), tuple(tensor.global_shape)
+        padding = found[0] - wanted[0]
+        padded = packed.row.vocabulary and found[1:] == wanted[1:] and 0 < padding < tp_size
+        if found != wanted and not padded:
+            raise IntegrityError(
+                f"{where} is another model: its {tensor.key} is {list(wanted)}, that of the model to be filled is "
+                f"{list(found)}; nothing is cut to fit"
+            )
+    stages = {packed.row.stage for packed in here.values()}
+    for packed in plan.tensors.values():
+        if packed.row.stage in stages and packed.key not in here:
+            raise IntegrityError(f"{where} is another model: it has {packed.key}, which the model to be filled has not")
 
 
 def fill(

@@ -18,7 +18,7 @@ from megafuse.converters.plan import Plan
 from megafuse.converters.safetensors_io import SafetensorsFolder, has_weights
 from megafuse.converters.views import TensorView
 from megafuse.errors import ConfigError, IntegrityError, StorageError
-from megafuse.observe.manifest import sync_path
+from megafuse.observe.manifest import file_sha256, sync_path
 
 FORMAT = "megafuse-checkpoint/1"
 MANIFEST = "manifest.json"
@@ -51,6 +51,8 @@ def open_weights(
                 f"{folder} has no hf/config.json: megafuse did not write it; fix: copy what is no weights from the "
                 "Hugging Face folder into hf/, or export with `--like HF_FOLDER`"
             )
+        if config is None:
+            _check_configuration(folder)
         plan = Plan(read_hf_config(config or folder / "hf"))
         with DcpFolder(folder, master=source == "fp32-master") as weights:
             yield plan, HfView(plan, weights)
@@ -61,6 +63,20 @@ def open_weights(
     with SafetensorsFolder(folder) as shards:
         plan.check(shards, where=str(folder))
         yield plan, shards
+
+
+def _check_configuration(folder: Path) -> None:
+    """Raises IntegrityError where a checkpoint's config.json is not the one that it was written with.
+
+    Another rope base fits the weights as well, a smaller vocabulary looks like one that training has padded.
+    """
+    manifest = read_manifest(folder)
+    known = manifest["files"].get("hf/config.json", {}).get("sha256") if manifest else None
+    if known and known != file_sha256(folder / "hf" / "config.json"):
+        raise IntegrityError(
+            f"{folder}/hf/config.json is not the one that the checkpoint was written with; restore it. To change the "
+            "configuration of a model, export it, and edit that of the exported folder"
+        )
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

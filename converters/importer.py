@@ -207,6 +207,13 @@ def peak_rss_mib() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
+def refuse_other_head(hf_dir: Path) -> None:
+    """`check_tied` of a folder that is not imported but read as it is."""
+    with open_weights(hf_dir) as (plan, shards):
+        assert isinstance(shards, SafetensorsFolder)
+        check_tied(plan, shards, DEFAULT_BLOCK)
+
+
 def check_tied(plan: Plan, shards: SafetensorsFolder, block_bytes: int) -> None:
     """A tied model may hold its output layer as well: then it must be the embedding, bit by bit.
 

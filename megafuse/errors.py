@@ -38,7 +38,8 @@ class IntegrityError(MegafuseError):
 
 
 class NonFiniteError(MegafuseError):
-    """Loss or gradient norm is NaN, infinite, or a spike; no rank has updated any parameter."""
+    """Loss or gradient norm is NaN, infinite, or a spike, and no rank has updated any parameter; or what is to be saved
+    is NaN or infinite, and no checkpoint is written."""
 
     exit_code = 86
 

@@ -108,12 +108,19 @@ def commit(
 
 
 def scores(root: Path) -> dict[int, float]:
-    """Held-out score by step, ascending, of the complete checkpoints that were evaluated; higher is better."""
+    """Held-out score by step, ascending, of the complete checkpoints that were evaluated; higher is better.
+
+    Only those that compare with the newest: a run may have gone on with other prompts, or another loss.
+    """
     found = {}
     for step in complete_steps(root):
         with contextlib.suppress(IntegrityError, KeyError, TypeError, ValueError):
-            found[step] = float(read_manifest_of(root / step_name(step), FORMAT)["held_out"]["score"])
-    return found
+            manifest = read_manifest_of(root / step_name(step), FORMAT)
+            held_out, score = manifest["held_out"], float(manifest["held_out"]["score"])
+            losses = [change for change in manifest.get("changes", []) if change["field"].startswith("loss.")]
+            found[step] = score, (held_out.get("data"), losses)
+    newest = found[max(found)][1] if found else None
+    return {step: score for step, (score, of) in found.items() if of == newest}
 
 
 def best_step(root: Path, best_of: int) -> int | None:

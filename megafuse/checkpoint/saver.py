@@ -131,7 +131,7 @@ class Saver:
             self._failed(step, folder, error, final=must, background=False)
 
     def _refuse_non_finite(self, state: dict[str, Any], step: int) -> None:
-        """The update before it may have been sound, in loss and gradient: what it made of the weights is looked at here."""
+        """The last update was refused if its loss or gradient was bad; what it made of the weights, here."""
         keeper = self.keeper
         if not (names := non_finite(named_tensors(state), keeper.topology)):
             return
@@ -139,9 +139,7 @@ class Saver:
         facts = f"step {step}: no checkpoint is written, these are NaN or infinite: {shortened(names)}"
         if keeper.config.on_nonfinite == "rollback":
             raise RollBack(step, facts)
-        left = (
-            f"The newest good one is of step {good[-1]}, and a new start goes on from it" if good else "There is none"
-        )
+        left = f"The newest good one is of step {good[-1]}: a new start goes on from it" if good else "There is none"
         raise NonFiniteError(
             f"{facts}. {left}. Lower optim.lr (--allow_change optim.lr), look at the data since then, or set "
             "on_nonfinite = 'rollback', which leaves out the batch of this step"

@@ -81,12 +81,20 @@ def load_model(model: list[Any], topology: Topology, folder: Path) -> None:
 
     Raises:
         IntegrityError: the folder holds another model, or weights that are NaN or infinite.
+        DataError: its output layer differs from its embedding, and its configuration ties them.
     """
-    if not (folder / ".metadata").is_file():
-        from megafuse.converters.direct import load_hf_into
+    from megafuse.converters.direct import check_fits, load_hf_into, local_tensors
+    from megafuse.converters.folders import open_weights
+    from megafuse.converters.importer import refuse_other_head
 
+    if not (folder / ".metadata").is_file():
+        topology.on_rank_zero(lambda: refuse_other_head(folder))
         load_hf_into(model, topology, folder)
     else:
+        if (folder / "hf" / "config.json").is_file():  # mcore ignores what it has no use for
+            with open_weights(folder) as (plan, _):
+                tensors = local_tensors(model_state(model, topology))
+                check_fits(plan, tensors, tp_size=topology.tp_size, where=str(folder))
         loaded = dist_checkpointing.load(
             model_state(model, topology), str(folder), get_default_load_sharded_strategy(str(folder))
         )

@@ -137,7 +137,7 @@ def bind(config: TrainConfig, changed: Mapping[str, tuple[Any, Any]], after_step
 
 
 def _began(config: TrainConfig) -> TrainConfig | None:
-    """What the run folder of `config` began with, if it did; `auto` (put there by hand) as this start has decided it."""
+    """What the run folder began with, if it did; `auto` (put there by hand) as this start has decided it."""
     path = config.run_dir / CONFIG_FILE
     if not path.is_file():
         return None

@@ -173,7 +173,8 @@ class ReferenceConfig(Config):
     path: Path | None = None
     """Cache written by `megafuse reference`. None: computed before the first step, into the run folder."""
     model: Path | None = None
-    """Checkpoint of the reference policy; None: `model.path`, the policy that training starts from."""
+    """Checkpoint of the reference policy; None: `model.path`, the policy that training starts from. One of another
+    architecture than that needs `path`: a run computes with its own."""
 
 
 class HeldOutConfig(Config):
@@ -240,9 +241,10 @@ class TrainConfig(Config):
     """Order of the groups."""
     on_nonfinite: Literal["halt", "skip", "rollback"] = "halt"
     """A NaN or infinite loss or gradient: stop with exit code 86; skip the update on every rank and go on; or go back
-    to the newest checkpoint and come again without that batch."""
+    to the newest checkpoint and come again without that batch. Found in the weights before a save, `skip` stops too."""
     max_consecutive_skips: int = Field(3, ge=1)
     """Skips in a row, and roll-backs in one start, after which the run stops all the same."""
     allow_change: tuple[str, ...] = ()
-    """Fields whose value may differ from what the run folder began with (`--allow_change optim.lr`). Each change is
-    written into the run folder and into the manifests of its later checkpoints."""
+    """Fields whose value may differ from what the run folder began with (`--allow_change optim.lr`). Each change acts
+    from the next step on, or is refused (see docs/reliability.md), and is written into the run folder and into the
+    manifests of its later checkpoints."""

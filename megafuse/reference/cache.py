@@ -9,7 +9,7 @@ import numpy as np
 
 from megafuse.data.parts import response_places
 from megafuse.data.types import Part
-from megafuse.errors import IntegrityError
+from megafuse.errors import IntegrityError, NonFiniteError
 from megafuse.observe.manifest import atomic_file, read_manifest_of, utc_now, versions, write_json_atomic
 from megafuse.reference.digest import ARCHITECTURE, require_match, settings_precision
 
@@ -61,7 +61,17 @@ class CacheWriter:
         return [span for span in spans if not self._part(span[0]).is_file()]
 
     def write(self, part: int, logps: np.ndarray, lengths: np.ndarray) -> None:
-        """Store the responses of one part: [r] float64 and [r] int64. Whole or not at all."""
+        """Store the responses of one part: [r] float64 and [r] int64. Whole or not at all.
+
+        Raises:
+            NonFiniteError: a log-prob is NaN or infinite; nothing of this part is stored.
+        """
+        if bad := int((~np.isfinite(logps)).sum()):
+            first = part * self.manifest["part_groups"]
+            raise NonFiniteError(
+                f"{bad} of {len(logps)} log-probs of the groups from {first} on are NaN or infinite, and not stored in "
+                f"{self.folder}: the model overflows; set model.precision = 'fp32', or restore its weights"
+            )
         with atomic_file(self._part(part)) as file:
             np.savez(file, logps=logps.astype(np.float64), lengths=lengths.astype(np.int64))
 

@@ -58,11 +58,33 @@ class GatedHeads(nn.Module):
         return (torch.softmax(layers[-1](gate) / self.temperature, dim=1) * scale * rewards).sum(dim=1)
 
 
+def load_whole(kind: Any, folder: Path, **settings: Any) -> Any:
+    """`kind.from_pretrained(folder, **settings)`, which fills what the folder lacks with random numbers, and warns.
+
+    Raises:
+        ConfigError: a weight is not there or of another shape, or transformers cannot load the folder.
+    """
+    try:
+        # weights of another shape too are to be listed, not told of in a report on standard error
+        told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, found = kind.from_pretrained(str(folder), **told, **settings)
+    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        raise ConfigError(f"model: {folder} is no model that transformers can load as {kind.__name__}: {e}") from e
+    absent = sorted(str(k) for kind in ("missing_keys", "mismatched_keys") for k in found.get(kind, ()))
+    if absent:
+        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+        raise ConfigError(
+            f"model: {folder} has no fitting weights of {', '.join(absent[:5])}{more}: its scores would be random. "
+            "Give the folder of a trained reward model"
+        )
+    return model
+
+
 class ArmoRM:
     """The backbone and its heads, for scoring token sequences.
 
     Raises:
-        ConfigError: the folder holds another architecture, or not all of the heads' weights.
+        ConfigError: the folder holds another architecture, or not all of the weights, or other shapes than it says.
     """
 
     def __init__(self, folder: Path, tokenizer: Any, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -72,9 +94,8 @@ class ArmoRM:
         if ARCHITECTURE not in (raw.get("architectures") or []):
             raise ConfigError(f"{folder}: architectures = {raw.get('architectures')} is not {ARCHITECTURE}")
         raw = {k: v for k, v in raw.items() if k != "auto_map"}
-        self.backbone = LlamaModel.from_pretrained(
-            str(folder), config=LlamaConfig(**raw), dtype=dtype, local_files_only=True
-        )
+        settings = {"config": LlamaConfig(**raw), "dtype": dtype, "local_files_only": True}
+        self.backbone = load_whole(LlamaModel, folder, **settings)
         self.backbone.to(device).eval()
         self.vocab_size = int(self.backbone.get_input_embeddings().num_embeddings)
         self.heads = GatedHeads(
@@ -84,7 +105,10 @@ class ArmoRM:
             gating_layers=raw.get("gating_n_hidden", 3),
             temperature=raw.get("gating_temperature", 10),
         )
-        self.heads.load_state_dict(_weights(folder, list(self.heads.state_dict())))
+        try:
+            self.heads.load_state_dict(_weights(folder, list(self.heads.state_dict())))
+        except RuntimeError as error:  # torch lists every shape that differs
+            raise ConfigError(f"{folder}: its heads are not those of its config.json: {error}") from None
         self.precision = torch.promote_types(dtype, torch.float32)
         self.heads.to(device, self.precision).eval()
         self.header: list[int] = tokenizer(ANSWER_HEADER, add_special_tokens=False)["input_ids"]

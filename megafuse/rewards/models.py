@@ -12,7 +12,7 @@ from megafuse.data.chat import load_tokenizer
 from megafuse.data.chunks import Record
 from megafuse.data.render import folded, render
 from megafuse.errors import ConfigError, DataError
-from megafuse.rewards.armorm import ArmoRM
+from megafuse.rewards.armorm import ArmoRM, load_whole
 from megafuse.rewards.batches import by_length, padded, unused_id
 from megafuse.rewards.verify import Update
 
@@ -28,20 +28,8 @@ class Classifier:
     def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
         from transformers import AutoModelForSequenceClassification
 
-        try:
-            self.model, found = AutoModelForSequenceClassification.from_pretrained(
-                str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
-            )
-        except (OSError, ValueError, KeyError, RuntimeError) as e:  # RuntimeError: a weight of another shape
-            raise ConfigError(f"model: {folder} is no sequence classifier that transformers can load: {e}") from e
-        # transformers fills these with random numbers and warns
-        absent = sorted(str(k) for kind in ("missing_keys", "mismatched_keys") for k in found.get(kind, ()))
-        if absent:
-            more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
-            raise ConfigError(
-                f"model: {folder} has no fitting weights of {', '.join(absent[:5])}{more}: its scores would be random. "
-                "Give the folder of a trained reward model"
-            )
+        settings = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
+        self.model = load_whole(AutoModelForSequenceClassification, folder, **settings)
         self.model.to(device).eval()
         if self.model.config.num_labels != 1:
             raise ConfigError(f"model: {folder} has {self.model.config.num_labels} outputs; a reward model has 1")

@@ -152,7 +152,7 @@ def _wrong_once(rank: int, step: int, where: str) -> Any:
 
 
 def spoil_states(cases: list[tuple[Any, int, int, str]]) -> list[str]:
-    """Train each (config, rank, step, what) in turn in the joined world; once, after update `step`, spoil `rank`'s state.
+    """Train each (config, rank, step, what) in turn in the joined world; `rank`'s state is spoilt once, after `step`.
 
     what: a `weight` of the final norm becomes NaN, its `master` weight in fp32 or its first `moment` infinite; with
     `stop` all ranks are asked to stop in that step too, and their weight is NaN. Returns the error of each, or nothing.

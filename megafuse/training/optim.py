@@ -48,7 +48,7 @@ class Engine:
         """Take from `stored`, the schedule's state in a checkpoint, the number of updates made so far, and no more.
 
         The rest follows from this start's configuration, which may ask for another rate, decay or length than the one
-        that wrote the checkpoint (`allow_change`). megatron-core's own loading would go on with the old ones, or refuse.
+        that wrote the checkpoint (`allow_change`). megatron-core's own loading goes on with the old ones, or refuses.
         """
         updates = int(stored["num_steps"]) - _shift(stored["lr_warmup_steps"])
         self.scheduler.num_steps = 0

@@ -50,8 +50,8 @@ def same_content(newest: Path, field: str, began: Any, now: Any) -> bool:
     Of a model that is gone from where it was, the architecture is compared alone: the run takes no weights from it.
     """
     if field == "data.dataset":
-        digest = read_manifest(newest)["data_position"]["data"]
-        return bool(GroupDataset(now).manifest["digest"]["data"] == digest)
+        position = read_manifest(newest).get("data_position", {})
+        return bool(GroupDataset(now).manifest["digest"]["data"] == position.get("data"))
     if field == "model.path" and not read_arch(newest).differing(read_arch(now)):
         return not Path(began).is_dir() or weights_digest(began) == weights_digest(now)
     return False

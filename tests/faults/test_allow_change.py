@@ -1,4 +1,4 @@
-"""`allow_change`, field by field: every field that a start may not simply change acts to the run's end, or is refused."""
+"""`allow_change`, field by field: each that a start may not simply change acts to the run's end, or is refused."""
 
 import math
 import shutil
@@ -32,7 +32,7 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, another one, data sets of every kind, and for every loss a run of four steps: `whole`, and `half` done."""
+    """Two models, data sets of every kind, and for every loss a run of four steps: `whole`, and `half` done."""
     root = tmp_path_factory.mktemp("allow_change")
     for name, seed in (("model", 1), ("other", 2)):
         write_tiny_llama(root / name, seed=seed, layers=1)
@@ -41,22 +41,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train(config(root, root / f"{name}-whole", name))
         shutil.copytree(root / f"{name}-whole", root / f"{name}-half")
         shutil.rmtree(root / f"{name}-half" / "checkpoints" / step_name(4))
-    write_tiny_dataset(root / "held_out", "sft", seed=9, groups=3)
-    rename_prompts(root / "held_out")
+    write_held_out(root / "held_out", "sft", 9)
     return root
 
 
-def rename_prompts(folder: Path) -> None:
+def write_held_out(folder: Path, kind: str, seed: int) -> None:
     """Prompts of an evaluation must be others than those of training."""
-    from megafuse.testing import tiny
-
-    shutil.rmtree(folder)
-    original = tiny._random_group
-    try:
-        tiny._random_group = lambda name, *rest: original(f"held-{name}", *rest)  # type: ignore[assignment]
-        write_tiny_dataset(folder, "sft", seed=9, groups=3)
-    finally:
-        tiny._random_group = original
+    write_tiny_dataset(folder, kind, seed=seed, groups=3)
+    for path in (folder / "groups").glob("*.arrow"):  # ids of the same length: the file stays valid
+        path.write_bytes(path.read_bytes().replace(b"p000", b"h000"))
 
 
 def config(root: Path, run: Path, base: str, **settings: Any) -> TrainConfig:
@@ -178,10 +171,8 @@ def test_optimizer_and_schedule(inputs: Path, tmp_path: Path, field: str, monkey
 def test_every_optimizer_takes_all_of_them(
     inputs: Path, tmp_path: Path, distributed: bool, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = {"model": {"precision": precision}}
-    train(
-        config(inputs, tmp_path / "half" / "sft-half", "sft", **here, optim={"distributed": distributed}, max_steps=2)
-    )
+    here, sharding = {"model": {"precision": precision}}, {"distributed": distributed}
+    train(config(inputs, tmp_path / "half" / "sft-half", "sft", **here, optim=sharding, max_steps=2))
     shutil.copytree(inputs / "sft", tmp_path / "half" / "sft")
     (tmp_path / "half" / "model").symlink_to(inputs / "model")
     optim = {name: value for field in OPTIM if field.startswith("optim.") for name, value in OPTIM[field].items()}
@@ -266,6 +257,25 @@ def test_held_out(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert numbers(tmp_path / "run") == numbers(inputs / "sft-whole")
 
 
+def test_held_out_log_probs_of_other_prompts_are_named(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seed in (("one", 5), ("two", 6)):
+        write_held_out(tmp_path / name, "pair", seed)
+    allowed = ("held_out.dataset", "max_steps")
+    one = {"held_out": {"dataset": tmp_path / "one"}, "max_steps": 3, "allow_change": allowed}
+    go_on(inputs, tmp_path / "run", "dpo", one, monkeypatch)
+    two = config(inputs, tmp_path / "run", "dpo", held_out={"dataset": tmp_path / "two"}, allow_change=allowed)
+    with pytest.raises(
+        IntegrityError, match=r"data: the data set .*\n.*remove .*held_out_reference to have it computed"
+    ):
+        train(two)
+    shutil.rmtree(tmp_path / "run" / "held_out_reference")
+    train(two)
+    # that of step 2 is made up for: its checkpoint had none yet
+    assert [("held_out/loss" in record) for record in read_metrics(tmp_path / "run")] == [False, True, True, True]
+
+
 REFUSED: dict[str, dict[str, Any]] = {
     "model.path": {"model": {"path": "other"}},
     "model.precision": {"model": {"precision": "bf16"}},
@@ -322,9 +332,7 @@ def test_a_last_checkpoint_without_optimizer_cannot_be_made_longer(inputs: Path,
     train(config(inputs, tmp_path / "run", "sft", **weights_only))
     before = (tmp_path / "run" / CONFIG_FILE).read_bytes()
     last = tmp_path / "run" / "checkpoints" / step_name(4)
-    with pytest.raises(
-        ConfigError, match=r"no optimizer state.*model.path, or remove it, and the run goes on from st.* 2"
-    ):
+    with pytest.raises(ConfigError, match=r"no optimizer state.*, or remove it, and the run goes on from step 2"):
         train(config(inputs, tmp_path / "run", "sft", **longer))
     assert (tmp_path / "run" / CONFIG_FILE).read_bytes() == before
     assert train(config(inputs, tmp_path / "run", "sft", **weights_only)) == last  # complete, as before

@@ -145,5 +145,14 @@ def test_the_best_of_the_last_two_stays(inputs: Path, tmp_path: Path) -> None:
         folders.commit(folder, inputs / "model", facts, keep=1, best_of=2)
         kept.append((folders.complete_steps(tmp_path), int((tmp_path / folders.BEST).read_text()[5:])))
     assert kept == [([1], 1), ([2], 2), ([2, 3], 2), ([3, 4], 3), ([3, 4, 5], 3), ([6], 6)]
+    for step, data, beta in ((7, "a", 1), (8, "b", 1), (9, "b", 1), (10, "b", 2)):  # scores of other prompts or losses
+        folder = folders.begin(tmp_path, step)
+        changes = [{"field": "epochs", "now": step}, {"field": "loss.beta", "now": beta}]
+        facts = {"step": step, "held_out": {"score": -step, "data": data}, "changes": changes}
+        folders.commit(folder, inputs / "model", facts, keep=9, best_of=2)
+        kept.append((folders.complete_steps(tmp_path), int((tmp_path / folders.BEST).read_text()[5:])))
+    assert [best for _, best in kept[-4:]] == [7, 8, 8, 10]
+    for step in (7, 8, 9, 10):
+        folders.set_aside(tmp_path / folders.step_name(step))
     (tmp_path / folders.step_name(6) / "manifest.json").write_text(json.dumps({"format": folders.FORMAT}))
     assert folders.best_step(tmp_path, 2) is None

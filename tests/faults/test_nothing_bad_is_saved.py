@@ -9,6 +9,7 @@ import torch
 
 from megafuse.checkpoint.finite import non_finite
 from megafuse.checkpoint.folder import complete_steps
+from megafuse.checkpoint.saver import Saver
 from megafuse.config.train import TrainConfig
 from megafuse.errors import IntegrityError, NonFiniteError
 from megafuse.observe.manifest import read_json
@@ -68,8 +69,8 @@ def test_no_checkpoint_of_a_state_that_is_bad_on_one_rank(inputs: Path, tmp_path
         saved[name] = complete_steps(root)
         assert not list(root.glob("*.tmp"))
     for name in ("last", "async", "skip"):
-        told = "NonFiniteError: step 4: no checkpoint is written, these are NaN or infinite: decoder.final_layernorm.weight "
-        assert errors[name].startswith(f"{told}(rank 1). The newest good one is of step 2, and a new start")
+        told = "NonFiniteError: step 4: no checkpoint is written, these are NaN or infinite: decoder.final_layernorm"
+        assert errors[name].startswith(f"{told}.weight (rank 1). The newest good one is of step 2: a new start")
         assert "optim.lr" in errors[name] and saved[name] == [2]
     for name, kind in {"moment": "exp_avg", "moment_sharded": "exp_avg", "master": "fp32_param",
                        "master_sharded": "param"}.items():  # fmt: skip
@@ -109,11 +110,26 @@ def test_weights_to_start_from_are_looked_at_before_the_first_step(inputs: Path,
     shutil.copytree(inputs / "model", tmp_path / "model")
     spoil(tmp_path / "model", "model.embed_tokens.weight", value)
     bad = config(inputs, tmp_path / "run", model={"path": tmp_path / "model"})
-    with pytest.raises(
-        IntegrityError, match=r"model holds weights that are NaN or infinite: embedding.word_emb.*rank 0"
-    ):
+    with pytest.raises(IntegrityError, match=r"model holds weights that are NaN or infinite: embedding.*rank 0"):
         train(bad)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_bad_checkpoint_of_before_is_not_gone_on_from(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as earlier:  # as a version wrote it that did not look
+        earlier.setattr(Saver, "_refuse_non_finite", lambda *_: None)
+        bad = (config(inputs, tmp_path / "run"), 0, 4, "weight")
+        assert run_distributed(spoil_states, 1, [bad]) == [[""]]
+    longer = config(inputs, tmp_path / "run", max_steps=6, allow_change=("max_steps",))
+    with pytest.raises(
+        IntegrityError, match=r"step_00000004 holds weights that are NaN or infinite: .*: remove it, and"
+    ):
+        train(longer)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000004")
+    train(longer)
+    assert complete_steps(tmp_path / "run" / "checkpoints") == [2, 4, 6]
 
 
 def test_a_number_that_is_not_finite_is_found_wherever_it_stands() -> None:

@@ -1,12 +1,13 @@
 """The reference cache: order, resuming, and a refusal that names the part that differs."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megafuse.data.types import Part
-from megafuse.errors import IntegrityError
+from megafuse.errors import IntegrityError, NonFiniteError
 from megafuse.reference.cache import CacheWriter, is_complete, part_name, read_cache
 from megafuse.reference.digest import PARTS
 
@@ -66,11 +67,34 @@ def test_damage_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     victim.write_bytes(victim.read_bytes()[:-20])
     with pytest.raises(IntegrityError, match=victim.name):
         read_cache(tmp_path / "ref", DIGEST, OFFSETS, LENGTHS)
-    values = np.zeros(11)
-    values[4] = np.nan
-    write(tmp_path / "nan", values).finish()
-    with pytest.raises(IntegrityError, match="non-finite"):
+    write(tmp_path / "nan", np.zeros(11)).finish()
+    np.savez(
+        tmp_path / "nan" / part_name(1, 3), logps=np.full(5, np.nan), lengths=LENGTHS[5:10]
+    )  # as it was once stored
+    with pytest.raises(IntegrityError, match="5 non-finite"):
         read_cache(tmp_path / "nan", DIGEST, OFFSETS, LENGTHS)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_log_prob_that_is_not_finite_is_not_stored(tmp_path: Path, value: float) -> None:
+    values = np.zeros(11)
+    values[6] = value  # of group 3, in the second part
+    with pytest.raises(NonFiniteError, match=r"1 of 5 log-probs of the groups from 2 on are NaN or infinite"):
+        write(tmp_path / "ref", values)
+    assert not is_complete(tmp_path / "ref")
+    write(tmp_path / "ref", np.zeros(11)).finish()  # nothing bad is in the way
+    assert np.array_equal(read_cache(tmp_path / "ref", DIGEST, OFFSETS, LENGTHS).logps, np.zeros(11))
+
+
+def test_a_cache_of_before_its_key_had_the_architecture_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "ref", np.zeros(11), only=(1,))
+    manifest = json.loads((tmp_path / "ref" / "manifest.json").read_text())
+    del manifest["digest"]["architecture"]
+    (tmp_path / "ref" / "manifest.json").write_text(json.dumps(manifest))
+    write(tmp_path / "ref", np.zeros(11)).finish()
+    assert read_cache(tmp_path / "ref", DIGEST, OFFSETS, LENGTHS).logps.shape == (11,)
+    with pytest.raises(IntegrityError, match="weights: the reference model's weights"):
+        read_cache(tmp_path / "ref", {**DIGEST, "weights": "other"}, OFFSETS, LENGTHS)
 
 
 def test_several_references_stand_side_by_side(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Reward models: ArmoRM's heads against an independent float64 twin, padding that cannot leak, refusals."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +200,24 @@ def test_refusals(classifier: Path, armorm: Path, tmp_path: Path) -> None:
     model.save_pretrained(wrong)
     with pytest.raises(DataError, match=r"nan to a response of 'a' to prompt 'p0'"):
         load("classifier", wrong)(records(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "words"),
+    [("model.layers.1.mlp.up_proj.weight", None, r"no fitting weights of layers\.1\.mlp\.up_proj\.weight"),
+     ("model.norm.weight", (31,), r"no fitting weights of .*norm\.weight"),
+     ("gating.layers.2.bias", None, r"no weights of gating\.layers\.2\.bias"),
+     ("regression_layer.weight", (18, 32), r"its heads are not those of its config\.json.*regression_layer\.weight")],
+)  # fmt: skip
+def test_an_armorm_that_is_not_whole_is_refused(
+    armorm: Path, tmp_path: Path, name: str, shape: tuple[int, ...] | None, words: str
+) -> None:
+    """transformers would fill what is missing of the backbone with random numbers, and warn."""
+    shutil.copytree(armorm, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    del weights[name]
+    if shape is not None:
+        weights[name] = torch.zeros(shape)
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=f"(?s){words}"):
+        load("armorm", tmp_path / "model")
