@@ -22,6 +22,7 @@ LONGEST = (
     "e2e/test_pipeline.py",
     "faults/test_resume.py",
     "faults/test_guards.py",
+    "faults/test_allow_change.py",
     "distributed/test_relayout.py",
     "kernels/test_logprob_tp.py",
     "kernels/test_triton_aot.py",

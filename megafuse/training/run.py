@@ -120,18 +120,15 @@ class _Run:
         changed = topology.on_rank_zero(lambda: find_drift(config))
         keeper = Keeper(config, topology, self.data.manifest["digest"]["data"], self._say)
         newest, done = keeper.newest() or (None, 0)
-        complete = done >= total
         if newest is not None:
             same = partial(same_content, newest)
             topology.on_rank_zero(lambda: refuse_bound(changed, done, same))
-            if not complete:
-                keeper.refuse_unfit(newest, self.arch)
-        if not complete:
-            self.given = self._given_reference()
-        if newest is not None and complete:
-            unused = f"; nothing is left for {', '.join(changed)} to act on" if changed else ""
-            self._say(f"{config.run_dir} is complete: {newest}{unused}")
-            return newest
+            if done >= total:
+                unused = f"; nothing is left for {', '.join(changed)} to act on" if changed else ""
+                self._say(f"{config.run_dir} is complete: {newest}{unused}")
+                return newest
+            keeper.refuse_unfit(newest, self.arch)
+        self.given = self._given_reference()
         changes = topology.on_rank_zero(lambda: bind(config, changed, done))
         overlap = self.backend.policy.tp_comm_overlap
         with (
