@@ -6,6 +6,7 @@ The plan is the same on every rank, so every rank knows the exact denominator of
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import lcm
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from megafuse.config.train import ParallelConfig
 from megafuse.data.dataset import GroupDataset
 from megafuse.data.parts import Parts, data_parts
+from megafuse.data.tokenise import vocabulary_digest
 from megafuse.data.types import Group, Part
 from megafuse.errors import ConfigError, DataError
 from megafuse.kernels.group_loss import Blocks
@@ -218,15 +220,24 @@ def check_vocabulary(data: GroupDataset, arch: ModelArch) -> None:
         )
 
 
-def long_sequences(data: GroupDataset, arch: ModelArch) -> list[str]:
-    """A warning where a data set has sequences beyond the positions that the model claims; rotary ones compute on."""
+def warnings_of(data: GroupDataset, arch: ModelArch, model: Path) -> list[str]:
+    """What to tell before the model in folder `model` is run on a data set: sequences beyond the positions that it
+    claims (rotary ones compute on), vocabulary files other than those that the data set was tokenised with."""
+    found = []
     longest, positions = data.manifest.get("max_sequence_tokens", 0), arch.max_position_embeddings
-    if longest <= positions:
-        return []
-    return [
-        f"warning: data set {data.path} has a sequence of {longest} tokens, the model's max_position_embeddings is "
-        f"{positions}: it was not trained on positions beyond; build the data set with max_length = {positions} or less"
-    ]
+    if longest > positions:
+        found.append(
+            f"warning: data set {data.path} has a sequence of {longest} tokens, the model's max_position_embeddings is "
+            f"{positions}: it was not trained on positions beyond; build the data set with max_length = {positions} or "
+            "less"
+        )
+    own = vocabulary_digest(model / "hf" if (model / "hf").is_dir() else model)
+    if own and own != data.manifest["digest"].get("tokenizer"):
+        found.append(
+            f"warning: data set {data.path} was tokenised with other vocabulary files than those of {model}: right only "
+            "where both give the same ids, as a base model's and its chat model's mostly do"
+        )
+    return found
 
 
 def row_shape(parallel: ParallelConfig, dp_size: int, backend: Any) -> RowShape:

@@ -33,6 +33,16 @@ _VOCABULARY_FILES = (
 )
 
 
+def vocabulary_digest(folder: Path) -> str:
+    """SHA-256 over the names and bytes of the vocabulary files in the folder; "" where it has none."""
+    h, found = hashlib.sha256(), False
+    for file in (folder / name for name in _VOCABULARY_FILES):
+        if file.is_file():
+            data, found = file.read_bytes(), True
+            h.update(f"{file.name}:{len(data)}:".encode() + data)
+    return h.hexdigest() if found else ""
+
+
 @dataclass(frozen=True)
 class Answer:
     """An answer in ids, without and with the end of turn; or why it has none."""
@@ -96,14 +106,8 @@ class ChatTokenizer:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the names and bytes of the vocabulary files in the folder."""
-        h = hashlib.sha256()
-        for name in _VOCABULARY_FILES:
-            file = self.folder / name
-            if file.is_file():
-                data = file.read_bytes()
-                h.update(f"{name}:{len(data)}:".encode() + data)
-        return h.hexdigest()
+        """See `vocabulary_digest`."""
+        return vocabulary_digest(self.folder)
 
     @property
     def template_digest(self) -> str:

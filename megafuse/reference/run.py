@@ -9,7 +9,7 @@ import torch
 from megafuse.checkpoint.state import load_model
 from megafuse.config.forward import EvalConfig, ReferenceRunConfig
 from megafuse.data.dataset import GroupDataset
-from megafuse.data.rows import check_vocabulary, long_sequences, row_planner
+from megafuse.data.rows import check_vocabulary, row_planner, warnings_of
 from megafuse.model.arch import read_arch
 from megafuse.model.build import build_model, choose_backend
 from megafuse.parallel.layouts import check_layout
@@ -46,7 +46,7 @@ def run_reference(config: ReferenceRunConfig | EvalConfig, folder: Path, name: s
         backend = backend.at(config.model.precision, why)
         if topology.rank == 0:
             print(f"world {topology.world_size} on {topology.device.type}, {backend}", file=sys.stderr, flush=True)
-            for warning in long_sequences(data, arch):
+            for warning in warnings_of(data, arch, config.model.path):
                 print(warning, file=sys.stderr, flush=True)
         digest = topology.on_rank_zero(
             lambda: reference_digest(config.model.path, data.manifest, precision=config.model.precision)

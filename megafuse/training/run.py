@@ -14,7 +14,7 @@ from megafuse.checkpoint.saver import Saver
 from megafuse.config.drift import began_precision, bind, find_drift, refuse_bound
 from megafuse.config.train import TrainConfig
 from megafuse.data.dataset import GroupDataset
-from megafuse.data.rows import RowPlanner, check_vocabulary, long_sequences, row_planner
+from megafuse.data.rows import RowPlanner, check_vocabulary, row_planner, warnings_of
 from megafuse.data.sampler import BatchSampler
 from megafuse.errors import ConfigError, NonFiniteError
 from megafuse.losses.registry import Loss, make_loss
@@ -150,7 +150,7 @@ class _Run:
         config, topology = self.config, self.topology
         model = build_model(self.arch, config.parallel, topology, self.backend, recompute=config.model.recompute)
         self._say(f"world {topology.world_size} on {topology.device.type}, {self.backend}, {total} steps")
-        for warning in long_sequences(self.data, self.arch):
+        for warning in warnings_of(self.data, self.arch, config.model.path):
             self._say(warning)
         reference = self.given
         if reference is None:

@@ -3,7 +3,9 @@
 import itertools
 import math
 import os
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,13 +16,15 @@ import torch
 from megafuse.config.train import ParallelConfig
 from megafuse.data.dataset import GroupDataset
 from megafuse.data.parts import groups_of
-from megafuse.data.rows import BatchPlan, RowPlanner, RowShape, block_sizes, build_row, row_shape
+from megafuse.data.rows import BatchPlan, RowPlanner, RowShape, block_sizes, build_row, row_shape, warnings_of
 from megafuse.data.sampler import BatchSampler
+from megafuse.data.tokenise import ChatTokenizer
 from megafuse.errors import ConfigError, DataError
-from megafuse.model.arch import ModelArch
+from megafuse.model.arch import ModelArch, read_arch
 from megafuse.model.attention import visible
 from megafuse.model.flex import TILE
-from megafuse.testing.tiny import write_tiny_dataset
+from megafuse.testing.tiny import write_tiny_dataset, write_tiny_llama
+from megafuse.testing.tokenizer import make_tokenizer
 
 ARCH = ModelArch(
     architecture="LlamaForCausalLM", num_layers=2, hidden_size=32, ffn_hidden_size=64, num_heads=4, num_kv_heads=2,
@@ -192,3 +196,20 @@ def test_every_epoch_visits_every_group_once_in_its_own_order() -> None:
     again = BatchSampler(groups=23, batch_size=5, epochs=3, seed=1)
     assert torch.equal(torch.from_numpy(again.batch(7)), torch.from_numpy(sampler.batch(7)))
     assert not np.array_equal(BatchSampler(23, 5, 3, 2).batch(0), sampler.batch(0))
+
+
+def test_vocabulary_files_of_another_model_are_told(tmp_path: Path) -> None:
+    """Sizes alone do not tell Llama's ids from Qwen's."""
+    write_tiny_llama(tmp_path / "bare", seed=1)  # no tokenizer: nothing to compare
+    for name, vocab in (("own", 512), ("other", 500)):
+        write_tiny_llama(tmp_path / name, seed=1, vocab=512)
+        make_tokenizer(tmp_path / name, vocab)
+    (tmp_path / "checkpoint").mkdir()
+    shutil.copytree(tmp_path / "own", tmp_path / "checkpoint" / "hf")
+    arch = read_arch(tmp_path / "own")
+    digest = {"tokenizer": ChatTokenizer(tmp_path / "own").digest}
+    data: Any = SimpleNamespace(path=tmp_path / "data", manifest={"digest": digest})
+    for name in ("bare", "own", "checkpoint"):
+        assert warnings_of(data, arch, tmp_path / name) == []
+    (told,) = warnings_of(data, arch, tmp_path / "other")
+    assert "other vocabulary files" in told and str(tmp_path / "other") in told
