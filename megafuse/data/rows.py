@@ -234,8 +234,8 @@ def warnings_of(data: GroupDataset, arch: ModelArch, model: Path) -> list[str]:
     own = vocabulary_digest(model / "hf" if (model / "hf").is_dir() else model)
     if own and own != data.manifest["digest"].get("tokenizer"):
         found.append(
-            f"warning: data set {data.path} was tokenised with other vocabulary files than those of {model}: right only "
-            "where both give the same ids, as a base model's and its chat model's mostly do"
+            f"warning: data set {data.path} was tokenised with other vocabulary files than those of {model}: right "
+            "only where both give the same ids, as a base model's and its chat model's mostly do"
         )
     return found
 
