@@ -52,18 +52,24 @@ class Border:
         ends = [(turn.opening.rfind(text), text) for text in control.values() if text in turn.opening]
         at, token = max(ends, default=(0, ""))
         opening = turn.opening[at:]
-        self._behind: dict[bool, tuple[str, ...]] = {True: (opening, *_APART)}
-        self._end, self.ending = "", []
+        # Behind nothing at all, a tokenizer of the SentencePiece kind would put its blank.
+        self._behind: dict[bool, tuple[str, ...]] = {True: (*filter(None, (opening,)), *_APART)}
+        self._end, self.ending = turn.suffix if end_of_turn is None else end_of_turn, []
+        self._words, self._stop = self._end, []  # of the end: what comes before its first control token, and the rest
         plain = turn.lead + ANSWER
-        if end := turn.suffix if end_of_turn is None else end_of_turn:
-            body, whole = self._after([plain, plain + end], control=True)
-            stop = next((n for n, token_id in enumerate(whole) if token_id in control), None)
-            if end_of_turn is None and stop is not None:
+        body, whole = self._after([plain, plain + self._end], control=True)
+        stop = next((n for n, token_id in enumerate(whole) if token_id in control), None)
+        if stop is not None:
+            text = control[whole[stop]]
+            self._words = self._end[: self._end.find(text)]
+            if end_of_turn is None:
                 # generation stops there: the newline that ChatML puts after `<|im_end|>` is never predicted
-                end = end[: end.find(control[whole[stop]])] + control[whole[stop]]
-                whole = whole[: stop + 1]
-            same = next((n for n, (a, b) in enumerate(zip(body, whole)) if a != b), len(body))
-            self._end, self.ending = end, whole[same:]
+                self._end, whole = self._words + text, whole[: stop + 1]
+            self._stop = whole[stop:]
+        if whole[: len(body)] == body:
+            self.ending = whole[len(body) :]
+        else:  # melted: Qwen has one token for the full stop of the answer and a line break
+            (self.ending,) = self._after([self._end], control=True)
         if not self.ending:
             eos = ["</s>", *control.values()][-1]
             raise ConfigError(
@@ -71,7 +77,7 @@ class Border:
                 f'end_of_turn, for example end_of_turn = "{eos}"'
             )
         # Where control tokens are spelled out, so is the one of the opening: what can stand for it?
-        stand_ins = (opening, opening.removeprefix(token), "")
+        stand_ins = dict.fromkeys((opening, opening.removeprefix(token), ""))
         self._behind[False] = (
             *(text for text in stand_ins if self._spelled(text, plain) == body),
             *_APART,
@@ -84,19 +90,23 @@ class Border:
 
     def __call__(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """(ids without, ids with the end of turn) of each answer, lead included. [R]."""
-        spelled = [self._written_out is not None and bool(self._written_out.search(text)) for text in texts]
-        plain = [text for text, is_spelled in zip(texts, spelled) if not is_spelled]
-        wholes = self._after([text + self._end for text in plain], control=True)
-        if len(self.ending) == 1:
-            bodies = iter([ids[:-1] for ids in wholes])
-        else:  # its first words may have melted into the answer's last
-            bodies = iter(self._after(plain, control=True))
-        others = iter(self._after([text for text, is_spelled in zip(texts, spelled) if is_spelled], control=False))
-        found, ended = [], iter(wholes)
-        for is_spelled in spelled:
-            body = next(others) if is_spelled else next(bodies)
-            found.append((body, [*body, *self.ending] if is_spelled else next(ended)))
-        return found
+        found: dict[int, tuple[list[int], list[int]]] = {}
+        for control in (True, False):
+            mine = [i for i, text in enumerate(texts) if self._spells_out(text) is not control]
+            given = [texts[i] for i in mine]
+            end, stop = (self._end, []) if control else (self._words, self._stop)
+            wholes = self._after([text + end for text in given], control=control)
+            if not end:
+                bodies = wholes
+            elif control and self.ending == self._stop and len(self._stop) == 1:
+                bodies = [ids[:-1] for ids in wholes]
+            else:  # its first words may have melted into the answer's last
+                bodies = self._after(given, control=control)
+            found |= {i: (body, [*whole, *stop]) for i, body, whole in zip(mine, bodies, wholes)}
+        return [found[i] for i in range(len(texts))]
+
+    def _spells_out(self, text: str) -> bool:
+        return self._written_out is not None and self._written_out.search(text) is not None
 
     def _after(self, texts: Sequence[str], *, control: bool) -> list[list[int]]:
         """Ids of each text behind the opening, or behind other words where it would melt into that."""

@@ -193,9 +193,9 @@ class ChatTemplate:
         if END_OF_THINKING not in text:
             return None
         bare = text.lstrip()
-        opened = self.turn.opening.rstrip().endswith(THINK)
+        _, opened, blank = self.turn.opening.rpartition(THINK)
         if bare.startswith(THINK):
-            return bare.removeprefix(THINK).lstrip("\n") if opened else bare
+            return bare.removeprefix(THINK).removeprefix(blank) if opened else bare
         return text if opened else f"{THINK}\n{text}"
 
     def _probe(self) -> Turn:
@@ -205,6 +205,11 @@ class ChatTemplate:
         )
         opening = _common_end(self._head, other)
         if self.thinking_in_answers:
+            if END_OF_THINKING in opening:
+                raise ConfigError(
+                    f'thinking = "in_answers", but the template closes the think block of every prompt: {opening!r}. '
+                    "Leave enable_thinking = false out of template_kwargs, or leave out thinking"
+                )
             _, found, suffix = plain.rpartition(ANSWER)
             if not found:
                 raise ConfigError(f"the chat template changes the text of an answer: {ANSWER!r} became {plain[-80:]!r}")

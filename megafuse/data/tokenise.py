@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from megafuse.data.border import Border
-from megafuse.data.chat import ANSWER, TEMPLATE_ADVICE, ChatTemplate, load_tokenizer
+from megafuse.data.chat import ANSWER, END_OF_THINKING, TEMPLATE_ADVICE, THINK, ChatTemplate, load_tokenizer
 from megafuse.data.render import Messages
 from megafuse.errors import ConfigError, DataError
 
@@ -81,7 +81,9 @@ class ChatTokenizer:
         self.vocab_size = vocab_size if vocab_size is not None else _model_vocab_size(self.folder)
         added = self._tokenizer.added_tokens_decoder
         self._control = {i: t.content for i, t in added.items() if t.special}
-        written_out = "|".join(map(re.escape, self._control.values()))
+        # some have control tokens for the think block (Phi 4 reasoning): in answers that hold it they are tokens
+        block = (THINK, END_OF_THINKING) if thinking_in_answers else ()
+        written_out = "|".join(re.escape(text) for text in self._control.values() if text not in block)
         self._control_text = re.compile(written_out) if written_out else None
         eos = self._tokenizer.eos_token
         end = {} if eos is None else {self._tokenizer.eos_token_id: eos}  # the last one: what a message names

@@ -5,6 +5,7 @@ import hashlib
 import json
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,31 @@ def test_end_of_turn_of_several_tokens(tmp_path: Path) -> None:
     assert two.end_of_turn.tolist() == [2], "generation stops at the first control token"
 
 
+@pytest.mark.parametrize("end", ["\n", "\n\n", "\n### End", ".", "\n<|im_end|>"])
+def test_an_end_of_turn_that_melts_into_the_end_of_an_answer(tmp_path: Path, end: str) -> None:
+    """Qwen has one token for a full stop and a line break: neither is part of the other's text."""
+    path = CHAT_FAMILIES["qwen_2.5"].write(tmp_path)
+    tokenizer = ChatTokenizer(path, end_of_turn=end)
+    theirs = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    assert len(theirs(".\n", add_special_tokens=False)["input_ids"]) == 1
+    assert theirs.decode(tokenizer.end_of_turn) == end
+    texts = ["It is 42.", "It is", "a line.\n", "<|im_start|> it is.", "<|im_start|> it is"]
+    for text, answer in zip(texts, tokenizer.answers(texts)):
+        assert theirs.decode(answer.body) == text and theirs.decode(answer.whole) == text + end
+        if "<|im_start|>" not in text:
+            assert answer.whole.tolist() == theirs(text + end, add_special_tokens=False)["input_ids"]
+
+
+def test_a_template_that_opens_no_answer(tmp_path: Path) -> None:
+    """Nothing stands before the answer, and so no blank of the tokenizer does."""
+    template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    path = replace(CHAT_FAMILIES["tinyllama"], template=template).write(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    (answer,) = ChatTokenizer(path).answers(["4 is it."])
+    question, whole = theirs(["What is it?", "What is it?4 is it.</s>"], add_special_tokens=False)["input_ids"]
+    assert [*question, *answer.whole] == whole
+
+
 def test_a_conversation_that_the_template_refuses(tmp_path: Path) -> None:
     strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
     tokenizer = ChatTokenizer(folder(tmp_path, strict))
@@ -312,6 +338,32 @@ def test_answers_that_hold_their_think_blocks(tmp_path: Path) -> None:
         assert [answer.dropped for answer in found] == ["", "", "no_thinking", "no_thinking"]
         assert [theirs.decode(answer.whole) for answer in found[:2]] == [want + "<|im_end|>"] * 2
     assert theirs.decode(ids(opens.prompts([ASK])[0])).endswith("<|im_start|>assistant\n<think>\n")
+
+
+def test_a_think_block_keeps_its_blank_lines(tmp_path: Path) -> None:
+    """An empty one too: behind the prompt stands what was generated there."""
+    tokenizer = ChatTokenizer(folder(tmp_path, THINKS), thinking_in_answers=True)
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path), local_files_only=True)
+    for text in ("<think>\n\n</think>\n\nIt is 6.", "<think>\n\n  Six.\n</think>It is 6.", "<think>Six.</think>6"):
+        (found,) = tokenizer.answers([text])
+        assert theirs.decode(found.body) == text.removeprefix("<think>").removeprefix("\n")
+
+
+def test_a_prompt_that_closes_the_think_block_of_answers_that_hold_one(tmp_path: Path) -> None:
+    rules = CHAT_FAMILIES["qwen_3_thinks"]
+    with pytest.raises(ConfigError, match=r"(?s)closes the think block of every prompt.*enable_thinking = false out"):
+        ChatTokenizer(rules.write(tmp_path), template_kwargs={"enable_thinking": False}, thinking_in_answers=True)
+
+
+def test_think_blocks_of_control_tokens(tmp_path: Path) -> None:
+    """In answers that hold them they are those tokens; other control tokens are text."""
+    rules = CHAT_FAMILIES["qwen_3_thinks"]
+    path = replace(rules, words=(), control=(*rules.control, *rules.words)).write(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    text = "<think>\nSix.\n</think>\n\nIt is 6."
+    (found,) = ChatTokenizer(path, thinking_in_answers=True).answers([text])
+    assert found.body.tolist() == theirs(text, add_special_tokens=False)["input_ids"] and found.notes == ()
+    assert set(theirs.convert_tokens_to_ids(["<think>", "</think>"])) <= set(found.body.tolist())
 
 
 def test_what_a_template_leaves_out_of_an_answer_is_told(tmp_path: Path) -> None:
