@@ -95,13 +95,14 @@ class Border:
             mine = [i for i, text in enumerate(texts) if self._spells_out(text) is not control]
             given = [texts[i] for i in mine]
             end, stop = (self._end, []) if control else (self._words, self._stop)
+            ending = self.ending[: len(self.ending) - len(stop)]
             wholes = self._after([text + end for text in given], control=control)
-            if not end:
-                bodies = wholes
-            elif control and self.ending == self._stop and len(self._stop) == 1:
-                bodies = [ids[:-1] for ids in wholes]
-            else:  # its first words may have melted into the answer's last
-                bodies = self._after(given, control=control)
+            # elsewhere the first words of the ending have melted into the answer's last
+            apart = [ids[len(ids) - len(ending) :] == ending for ids in wholes]
+            again = iter(self._after([text for text, is_apart in zip(given, apart) if not is_apart], control=control))
+            bodies = [
+                ids[: len(ids) - len(ending)] if is_apart else next(again) for ids, is_apart in zip(wholes, apart)
+            ]
             found |= {i: (body, [*whole, *stop]) for i, body, whole in zip(mine, bodies, wholes)}
         return [found[i] for i in range(len(texts))]
 
