@@ -32,11 +32,12 @@ TEMPLATE_ADVICE = "in the folder, as chat_template.jinja; `build` and `sample` t
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
-def load_tokenizer(folder: Path, chat_template: Path | None = None) -> Any:
+def load_tokenizer(folder: Path, chat_template: Path | None = None, *, chats: bool = True) -> Any:
     """The tokenizer of a Hugging Face folder: local files only, never remote code.
 
     Raises:
-        ConfigError: no such folder, no tokenizer in it, one that loses text, or no chat template there and none given.
+        ConfigError: no such folder, no tokenizer in it, one that loses text, or, where it `chats`, no chat template
+            there and none given.
     """
     from transformers import AutoTokenizer
 
@@ -56,7 +57,7 @@ def load_tokenizer(folder: Path, chat_template: Path | None = None) -> Any:
             tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
             raise ConfigError(f"chat_template: {chat_template} is not readable: {e}") from None
-    if not tokenizer.chat_template:
+    if chats and not tokenizer.chat_template:
         raise ConfigError(f"tokenizer: {folder} has no chat template (a base model?): put one {TEMPLATE_ADVICE}")
     return tokenizer
 

@@ -9,7 +9,7 @@ HTML, a stray `<|im_end|>`) are ordinary text.
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,17 +118,7 @@ class ChatTokenizer:
 
     def _encode(self, texts: Sequence[str], *, control: bool) -> list[list[int]]:
         """Ids of each text; `control`: whether control tokens written out in it become control tokens."""
-        if not texts:
-            return []
-        encoded = self._tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            split_special_tokens=not control,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        return list(encoded["input_ids"])
+        return _encode(self._tokenizer, texts, control=control)
 
     def _checked(self, ids: Sequence[int], what: str) -> np.ndarray:
         array = np.asarray(ids, dtype=np.int64)
@@ -191,9 +181,29 @@ class ChatTokenizer:
         """Whether a control token of this tokenizer is written out in the text."""
         return self._control_text is not None and self._control_text.search(text) is not None
 
-    def lengths(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text, nothing added: for statistics."""
-        return [len(ids) for ids in self._encode(texts, control=False)]
+
+def _encode(tokenizer: Any, texts: Sequence[str], *, control: bool) -> list[list[int]]:
+    if not texts:
+        return []
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=not control,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return list(encoded["input_ids"])
+
+
+def token_counter(folder: Path) -> Callable[[Sequence[str]], list[int]]:
+    """Tokens of each text, nothing added, by the tokenizer of a folder: for statistics, whatever its template is.
+
+    Raises:
+        ConfigError: no such folder, no tokenizer in it, or one that loses text.
+    """
+    tokenizer = load_tokenizer(folder, chats=False)
+    return lambda texts: [len(ids) for ids in _encode(tokenizer, texts, control=False)]
 
 
 def _model_vocab_size(folder: Path) -> int:

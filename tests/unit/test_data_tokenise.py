@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from megafuse.data.chat import lead_of, load_tokenizer
-from megafuse.data.tokenise import ChatTokenizer
+from megafuse.data.tokenise import ChatTokenizer, token_counter
 from megafuse.errors import ConfigError, DataError
 from megafuse.testing.chat_families import CHAT_FAMILIES
 from megafuse.testing.tokenizer import CHATML, make_tokenizer
@@ -74,7 +74,7 @@ def test_batches_equal_single_calls(tmp_path: Path) -> None:
     texts = ["", "a", ANSWER, "\u65e5\u672c\u8a9e \u2713", "x" * 3000]
     for one, many in zip(texts, tokenizer.answers(texts)):
         np.testing.assert_array_equal(tokenizer.answers([one])[0].whole, many.whole)
-    assert tokenizer.lengths(texts) == [len(a.body) for a in tokenizer.answers(texts)]
+    assert token_counter(tmp_path)(texts) == [len(a.body) for a in tokenizer.answers(texts)]
     assert tokenizer.answers([]) == [] and tokenizer.prompts([]) == []
 
 
@@ -118,6 +118,18 @@ def test_missing_template_and_override(tmp_path: Path) -> None:
     assert (found.template_digest, found.digest) == (same.template_digest, same.digest)
     with pytest.raises(ConfigError, match="not readable"):
         ChatTokenizer(path, chat_template=tmp_path / "absent.jinja")
+
+
+@pytest.mark.parametrize("name", ["qwen_3_thinks", "r1_distill_qwen"])
+def test_tokens_are_counted_whatever_the_template_is(name: str, tmp_path: Path) -> None:
+    """`data check` and `data report` have no settings for it, and need none."""
+    path = CHAT_FAMILIES[name].write(tmp_path)
+    with pytest.raises(ConfigError):
+        ChatTokenizer(path)
+    theirs = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    assert token_counter(path)([ANSWER, ""]) == [len(theirs(ANSWER, add_special_tokens=False)["input_ids"]), 0]
+    base, chat = folder(tmp_path / "base", None), folder(tmp_path / "chat")
+    assert token_counter(base)([ANSWER]) == token_counter(chat)([ANSWER])
 
 
 def test_missing_folder_and_tokenizer(tmp_path: Path) -> None:
