@@ -125,7 +125,10 @@ class ChatTemplate:
     ) -> None:
         self._tokenizer = tokenizer
         self.thinking_in_answers, self._fold = thinking_in_answers, fold_system
-        self.source: str = tokenizer.get_chat_template()
+        try:
+            self.source: str = tokenizer.get_chat_template()
+        except ValueError as e:  # several templates with names, and none of them is `default`
+            raise ConfigError(f"chat template: {str(e).rstrip('.')}. Put the one to use {TEMPLATE_ADVICE}") from None
         self.kwargs = dict(kwargs or {})
         if "strftime_now" in self.source and "date_string" in self.source:
             self.kwargs.setdefault("date_string", _FIXED_DATE)

@@ -51,7 +51,7 @@ def test_a_folder_and_an_unknown_shape(tmp_path: Path) -> None:
 
 
 def test_a_template_that_needs_settings_of_build(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="Or give what `megafuse build` wrote, whatever its settings, as data.path"):
+    with pytest.raises(ConfigError, match="whatever its settings, as data"):
         TokenizerRule(CHAT_FAMILIES["qwen_3_thinks"].write(tmp_path))
 
 

@@ -132,6 +132,21 @@ def test_tokens_are_counted_whatever_the_template_is(name: str, tmp_path: Path) 
     assert token_counter(base)([ANSWER]) == token_counter(chat)([ANSWER])
 
 
+def test_templates_with_names(tmp_path: Path) -> None:
+    """Some folders hold several: the default one is taken."""
+    rules = CHAT_FAMILIES["qwen_2.5"]
+    others = [{"name": "rag", "template": "?"}, {"name": "tool_use", "template": "?"}]
+    for name, templates in (("a", others), ("b", [*others, {"name": "default", "template": rules.template}])):
+        file = rules.write(tmp_path / name) / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": templates}))
+    same = ChatTokenizer(rules.write(tmp_path / "c"))
+    assert ids(ChatTokenizer(tmp_path / "b").prompts([ASK])[0]) == ids(same.prompts([ASK])[0])
+    with pytest.raises(
+        ConfigError, match=r"no default specified.*\['rag', 'tool_use'\]\. Put the one to use in the folder"
+    ):
+        ChatTokenizer(tmp_path / "a")
+
+
 def test_missing_folder_and_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a folder"):
         ChatTokenizer("some-org/some-model")  # never looked up anywhere
