@@ -109,12 +109,13 @@ class ChatTokenizer:
 
     @property
     def template_digest(self) -> str:
-        """SHA-256 over the template, its variables, the end-of-turn ids, and the ids of an answer's beginning where
-        versions before `data.border` began it otherwise: data sets from before are told apart where they differ."""
-        plain = self.template.turn.lead + ANSWER
-        ((now, _),) = self._border([plain])
-        changed = "" if now in self._encode([ANSWER, plain], control=False) else f":{now}"
-        return hashlib.sha256(f"{self.template.digest}:{self.end_of_turn.tolist()}{changed}".encode()).hexdigest()
+        """SHA-256 over the template, its variables, the end-of-turn ids, and those of an answer where versions before
+        `data.border` began or ended it otherwise: data sets from before are told apart where they differ."""
+        plain, end = self.template.turn.lead + ANSWER, self.end_of_turn.tolist()
+        ((body, whole),) = self._border([plain])
+        changed = "" if body in self._encode([ANSWER, plain], control=False) else f":{body}"
+        changed += "" if whole == [*body, *end] else f":{whole}"
+        return hashlib.sha256(f"{self.template.digest}:{end}{changed}".encode()).hexdigest()
 
     def _encode(self, texts: Sequence[str], *, control: bool) -> list[list[int]]:
         """Ids of each text; `control`: whether control tokens written out in it become control tokens."""

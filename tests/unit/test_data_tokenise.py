@@ -426,3 +426,14 @@ def test_data_sets_of_before_are_told_apart_where_their_tokens_differ(name: str,
     before = hashlib.sha256(f"{tokenizer.template.digest}:{tokenizer.end_of_turn.tolist()}".encode()).hexdigest()
     stray = name in ("mistral_0.1_older", "zephyr", "tinyllama", "chatml_on_llama_2", "yi")
     assert (tokenizer.template_digest != before) == stray
+
+
+@pytest.mark.parametrize(
+    ("end", "melts"), [("<|im_end|>", False), (" END", False), ("\n", True), ("\n<|im_end|>", True)]
+)
+def test_data_sets_of_before_are_told_apart_where_their_ends_differ(end: str, melts: bool, tmp_path: Path) -> None:
+    """That of before was encoded by itself."""
+    tokenizer = ChatTokenizer(CHAT_FAMILIES["qwen_2.5"].write(tmp_path), end_of_turn=end)
+    alone = tokenizer._encode([end], control=True)[0]
+    before = hashlib.sha256(f"{tokenizer.template.digest}:{alone}".encode()).hexdigest()
+    assert (tokenizer.template_digest != before) == melts
