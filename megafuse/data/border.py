@@ -49,11 +49,8 @@ class Border:
         end_of_turn: str | None = None,
     ) -> None:
         self._encode, self._written_out = encode, written_out
-        ends = [(turn.opening.rfind(text), text) for text in control.values() if text in turn.opening]
-        at, token = max(ends, default=(0, ""))
-        opening = turn.opening[at:]
         # Behind nothing at all, a tokenizer of the SentencePiece kind would put its blank.
-        self._behind: dict[bool, tuple[str, ...]] = {True: (*filter(None, (opening,)), *_APART)}
+        self._behind: dict[bool, tuple[str, ...]] = {True: (*filter(None, (turn.opening,)), *_APART)}
         self._end, self.ending = turn.suffix if end_of_turn is None else end_of_turn, []
         self._words, self._stop = self._end, []  # of the end: what comes before its first control token, and the rest
         plain = turn.lead + ANSWER
@@ -76,17 +73,9 @@ class Border:
                 "the chat template writes nothing after an answer, so a model could not learn to stop: set "
                 f'end_of_turn, for example end_of_turn = "{eos}"'
             )
-        # Where control tokens are spelled out, so is the one of the opening: what can stand for it?
-        stand_ins = dict.fromkeys((opening, opening.removeprefix(token), ""))
-        self._behind[False] = (
-            *(text for text in stand_ins if self._spelled(text, plain) == body),
-            *_APART,
-        )
-
-    def _spelled(self, before: str, text: str) -> list[int] | None:
-        """Ids of `text` behind `before`, control tokens spelled out; None where it melts into it."""
-        start, whole = self._encode([before, before + text], control=False)
-        return whole[len(start) :] if whole[: len(start)] == start else None
+        # Where control tokens are spelled out, so would be that of the opening. What follows it may have the tokens
+        # that begin a text (Mistral 0.3): then nothing stands for it.
+        self._behind[False] = ("", *_APART) if self._encode([plain], control=False) == [body] else _APART
 
     def __call__(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """(ids without, ids with the end of turn) of each answer, lead included. [R]."""

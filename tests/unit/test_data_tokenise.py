@@ -259,8 +259,9 @@ def test_an_end_of_turn_that_melts_into_the_end_of_an_answer(tmp_path: Path, end
     texts = ["It is 42.", "It is", "a line.\n", "<|im_start|> it is.", "<|im_start|> it is"]
     for text, answer in zip(texts, tokenizer.answers(texts)):
         assert theirs.decode(answer.body) == text and theirs.decode(answer.whole) == text + end
-        if "<|im_start|>" not in text:
-            assert answer.whole.tolist() == theirs(text + end, add_special_tokens=False)["input_ids"]
+        # of an answer that spells out a control token, what stands behind that
+        plain = theirs(text.removeprefix("<|im_start|>") + end, add_special_tokens=False)["input_ids"]
+        assert answer.whole.tolist()[-len(plain) :] == plain
 
 
 def test_a_template_that_opens_no_answer(tmp_path: Path) -> None:
