@@ -76,7 +76,12 @@ class TokenizerRule:
     def __init__(self, folder: Path) -> None:
         from megafuse.data.tokenise import ChatTokenizer
 
-        self._tokenizer = ChatTokenizer(folder)
+        try:
+            self._tokenizer = ChatTokenizer(folder)
+        except ConfigError as e:
+            raise ConfigError(
+                f"{e}. Or give what `megafuse build` wrote, whatever its settings, as data.path"
+            ) from None
         self.name = f"tokenizer and chat template of {folder.name}"
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> int:

@@ -10,7 +10,7 @@ from rich.table import Table
 from megafuse.config.base import Config
 from megafuse.data.check import PERCENTILES, DataReport, check, percentiles
 from megafuse.data.pairs import TOP_K
-from megafuse.data.tokenise import ChatTokenizer
+from megafuse.data.tokenise import token_counter
 from megafuse.observe.console import make_console
 
 DESCRIPTION = "Check input files line by line and show what they hold. Exit status: 2 with bad records or none, else 0."
@@ -38,13 +38,12 @@ CONFIG = DataCheckConfig
 def run(config: DataCheckConfig) -> int:
     """Print the statistics, then the first errors as `file:line:col: reason` and their number."""
     console = make_console()
-    tokenizer = ChatTokenizer(config.tokenizer) if config.tokenizer is not None else None
     report = check(
         config.files,
         form=config.form,
         reward_field=config.reward_field,
         drop_bad_responses=config.on_bad_response == "drop",
-        lengths=tokenizer.lengths if tokenizer is not None else None,
+        lengths=token_counter(config.tokenizer) if config.tokenizer is not None else None,
     )
     console.print(_overview(report))
     if report.sources:

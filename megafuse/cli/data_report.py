@@ -9,7 +9,7 @@ from megafuse.config.base import Config
 from megafuse.data.reader import check_output
 from megafuse.data.report import collect
 from megafuse.data.store import read_manifest
-from megafuse.data.tokenise import ChatTokenizer
+from megafuse.data.tokenise import token_counter
 from megafuse.errors import DataError
 from megafuse.observe.console import make_console
 from megafuse.observe.data_report import page
@@ -51,12 +51,11 @@ def run(config: DataReportConfig) -> int:
         if manifest is None:
             raise DataError(f"datasets: {path} holds no megafuse data set")
         manifests.append(manifest)
-    tokenizer = ChatTokenizer(config.tokenizer) if config.tokenizer is not None else None
-    lengths = tokenizer.lengths if tokenizer is not None else None
+    lengths = token_counter(config.tokenizer) if config.tokenizer is not None else None
     data = collect(config.files, reward_field=config.reward_field, lengths=lengths, seed=config.seed)
     if not data.prompts:
         raise DataError(f"{', '.join(map(str, config.files))}: no prompt has a response with a text and a reward")
-    text = page(data, title=config.title, unit="tokens" if tokenizer else "characters", manifests=manifests)
+    text = page(data, title=config.title, unit="tokens" if lengths else "characters", manifests=manifests)
     with atomic_file(config.output) as file:
         file.write(text.encode())
     make_console().print(f"{config.output}: {data.prompts:,} prompts, {len(data.rewards)} sources", soft_wrap=True)

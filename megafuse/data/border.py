@@ -49,54 +49,54 @@ class Border:
         end_of_turn: str | None = None,
     ) -> None:
         self._encode, self._written_out = encode, written_out
-        ends = [(turn.opening.rfind(text), text) for text in control.values() if text in turn.opening]
-        at, token = max(ends, default=(0, ""))
-        opening = turn.opening[at:]
-        self._behind: dict[bool, tuple[str, ...]] = {True: (opening, *_APART)}
-        self._end, self.ending = "", []
+        # Behind nothing at all, a tokenizer of the SentencePiece kind would put its blank.
+        self._behind: dict[bool, tuple[str, ...]] = {True: (*filter(None, (turn.opening,)), *_APART)}
+        self._end, self.ending = turn.suffix if end_of_turn is None else end_of_turn, []
+        self._words, self._stop = self._end, []  # of the end: what comes before its first control token, and the rest
         plain = turn.lead + ANSWER
-        if end := turn.suffix if end_of_turn is None else end_of_turn:
-            body, whole = self._after([plain, plain + end], control=True)
-            stop = next((n for n, token_id in enumerate(whole) if token_id in control), None)
-            if end_of_turn is None and stop is not None:
+        body, whole = self._after([plain, plain + self._end], control=True)
+        stop = next((n for n, token_id in enumerate(whole) if token_id in control), None)
+        if stop is not None:
+            text = control[whole[stop]]
+            self._words = self._end[: self._end.find(text)]
+            if end_of_turn is None:
                 # generation stops there: the newline that ChatML puts after `<|im_end|>` is never predicted
-                end = end[: end.find(control[whole[stop]])] + control[whole[stop]]
-                whole = whole[: stop + 1]
-            same = next((n for n, (a, b) in enumerate(zip(body, whole)) if a != b), len(body))
-            self._end, self.ending = end, whole[same:]
+                self._end, whole = self._words + text, whole[: stop + 1]
+            self._stop = whole[stop:]
+        if whole[: len(body)] == body:
+            self.ending = whole[len(body) :]
+        else:  # melted: Qwen has one token for the full stop of the answer and a line break
+            (self.ending,) = self._after([self._end], control=True)
         if not self.ending:
             eos = ["</s>", *control.values()][-1]
             raise ConfigError(
                 "the chat template writes nothing after an answer, so a model could not learn to stop: set "
                 f'end_of_turn, for example end_of_turn = "{eos}"'
             )
-        # Where control tokens are spelled out, so is the one of the opening: what can stand for it?
-        stand_ins = (opening, opening.removeprefix(token), "")
-        self._behind[False] = (
-            *(text for text in stand_ins if self._spelled(text, plain) == body),
-            *_APART,
-        )
-
-    def _spelled(self, before: str, text: str) -> list[int] | None:
-        """Ids of `text` behind `before`, control tokens spelled out; None where it melts into it."""
-        start, whole = self._encode([before, before + text], control=False)
-        return whole[len(start) :] if whole[: len(start)] == start else None
+        # Where control tokens are spelled out, so would be that of the opening. What follows it may have the tokens
+        # that begin a text (Mistral 0.3): then nothing stands for it.
+        self._behind[False] = ("", *_APART) if self._encode([plain], control=False) == [body] else _APART
 
     def __call__(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """(ids without, ids with the end of turn) of each answer, lead included. [R]."""
-        spelled = [self._written_out is not None and bool(self._written_out.search(text)) for text in texts]
-        plain = [text for text, is_spelled in zip(texts, spelled) if not is_spelled]
-        wholes = self._after([text + self._end for text in plain], control=True)
-        if len(self.ending) == 1:
-            bodies = iter([ids[:-1] for ids in wholes])
-        else:  # its first words may have melted into the answer's last
-            bodies = iter(self._after(plain, control=True))
-        others = iter(self._after([text for text, is_spelled in zip(texts, spelled) if is_spelled], control=False))
-        found, ended = [], iter(wholes)
-        for is_spelled in spelled:
-            body = next(others) if is_spelled else next(bodies)
-            found.append((body, [*body, *self.ending] if is_spelled else next(ended)))
-        return found
+        found: dict[int, tuple[list[int], list[int]]] = {}
+        for control in (True, False):
+            mine = [i for i, text in enumerate(texts) if self._spells_out(text) is not control]
+            given = [texts[i] for i in mine]
+            end, stop = (self._end, []) if control else (self._words, self._stop)
+            ending = self.ending[: len(self.ending) - len(stop)]
+            wholes = self._after([text + end for text in given], control=control)
+            # elsewhere the first words of the ending have melted into the answer's last
+            apart = [ids[len(ids) - len(ending) :] == ending for ids in wholes]
+            again = iter(self._after([text for text, is_apart in zip(given, apart) if not is_apart], control=control))
+            bodies = [
+                ids[: len(ids) - len(ending)] if is_apart else next(again) for ids, is_apart in zip(wholes, apart)
+            ]
+            found |= {i: (body, [*whole, *stop]) for i, body, whole in zip(mine, bodies, wholes)}
+        return [found[i] for i in range(len(texts))]
+
+    def _spells_out(self, text: str) -> bool:
+        return self._written_out is not None and self._written_out.search(text) is not None
 
     def _after(self, texts: Sequence[str], *, control: bool) -> list[list[int]]:
         """Ids of each text behind the opening, or behind other words where it would melt into that."""

@@ -32,11 +32,12 @@ TEMPLATE_ADVICE = "in the folder, as chat_template.jinja; `build` and `sample` t
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
-def load_tokenizer(folder: Path, chat_template: Path | None = None) -> Any:
+def load_tokenizer(folder: Path, chat_template: Path | None = None, *, chats: bool = True) -> Any:
     """The tokenizer of a Hugging Face folder: local files only, never remote code.
 
     Raises:
-        ConfigError: no such folder, no tokenizer in it, one that loses text, or no chat template there and none given.
+        ConfigError: no such folder, no tokenizer in it, one that loses text, or, where it `chats`, no chat template
+            there and none given.
     """
     from transformers import AutoTokenizer
 
@@ -56,7 +57,7 @@ def load_tokenizer(folder: Path, chat_template: Path | None = None) -> Any:
             tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
             raise ConfigError(f"chat_template: {chat_template} is not readable: {e}") from None
-    if not tokenizer.chat_template:
+    if chats and not tokenizer.chat_template:
         raise ConfigError(f"tokenizer: {folder} has no chat template (a base model?): put one {TEMPLATE_ADVICE}")
     return tokenizer
 
@@ -124,7 +125,10 @@ class ChatTemplate:
     ) -> None:
         self._tokenizer = tokenizer
         self.thinking_in_answers, self._fold = thinking_in_answers, fold_system
-        self.source: str = tokenizer.get_chat_template()
+        try:
+            self.source: str = tokenizer.get_chat_template()
+        except ValueError as e:  # several templates with names, and none of them is `default`
+            raise ConfigError(f"chat template: {str(e).rstrip('.')}. Put the one to use {TEMPLATE_ADVICE}") from None
         self.kwargs = dict(kwargs or {})
         if "strftime_now" in self.source and "date_string" in self.source:
             self.kwargs.setdefault("date_string", _FIXED_DATE)
@@ -193,9 +197,9 @@ class ChatTemplate:
         if END_OF_THINKING not in text:
             return None
         bare = text.lstrip()
-        opened = self.turn.opening.rstrip().endswith(THINK)
+        _, opened, blank = self.turn.opening.rpartition(THINK)
         if bare.startswith(THINK):
-            return bare.removeprefix(THINK).lstrip("\n") if opened else bare
+            return bare.removeprefix(THINK).removeprefix(blank) if opened else bare
         return text if opened else f"{THINK}\n{text}"
 
     def _probe(self) -> Turn:
@@ -205,6 +209,11 @@ class ChatTemplate:
         )
         opening = _common_end(self._head, other)
         if self.thinking_in_answers:
+            if END_OF_THINKING in opening:
+                raise ConfigError(
+                    f'thinking = "in_answers", but the template closes the think block of every prompt: {opening!r}. '
+                    "Leave enable_thinking = false out of template_kwargs, or leave out thinking"
+                )
             _, found, suffix = plain.rpartition(ANSWER)
             if not found:
                 raise ConfigError(f"the chat template changes the text of an answer: {ANSWER!r} became {plain[-80:]!r}")

@@ -9,7 +9,7 @@ HTML, a stray `<|im_end|>`) are ordinary text.
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from megafuse.data.border import Border
-from megafuse.data.chat import ANSWER, TEMPLATE_ADVICE, ChatTemplate, load_tokenizer
+from megafuse.data.chat import ANSWER, END_OF_THINKING, TEMPLATE_ADVICE, THINK, ChatTemplate, load_tokenizer
 from megafuse.data.render import Messages
 from megafuse.errors import ConfigError, DataError
 
@@ -91,7 +91,9 @@ class ChatTokenizer:
         self.vocab_size = vocab_size if vocab_size is not None else _model_vocab_size(self.folder)
         added = self._tokenizer.added_tokens_decoder
         self._control = {i: t.content for i, t in added.items() if t.special}
-        written_out = "|".join(map(re.escape, self._control.values()))
+        # some have control tokens for the think block (Phi 4 reasoning): in answers that hold it they are tokens
+        block = (THINK, END_OF_THINKING) if thinking_in_answers else ()
+        written_out = "|".join(re.escape(text) for text in self._control.values() if text not in block)
         self._control_text = re.compile(written_out) if written_out else None
         eos = self._tokenizer.eos_token
         end = {} if eos is None else {self._tokenizer.eos_token_id: eos}  # the last one: what a message names
@@ -111,26 +113,17 @@ class ChatTokenizer:
 
     @property
     def template_digest(self) -> str:
-        """SHA-256 over the template, its variables, the end-of-turn ids, and the ids of an answer's beginning where
-        versions before `data.border` began it otherwise: data sets from before are told apart where they differ."""
-        plain = self.template.turn.lead + ANSWER
-        ((now, _),) = self._border([plain])
-        changed = "" if now in self._encode([ANSWER, plain], control=False) else f":{now}"
-        return hashlib.sha256(f"{self.template.digest}:{self.end_of_turn.tolist()}{changed}".encode()).hexdigest()
+        """SHA-256 over the template, its variables, the end-of-turn ids, and those of an answer where versions before
+        `data.border` began or ended it otherwise: data sets from before are told apart where they differ."""
+        plain, end = self.template.turn.lead + ANSWER, self.end_of_turn.tolist()
+        ((body, whole),) = self._border([plain])
+        changed = "" if body in self._encode([ANSWER, plain], control=False) else f":{body}"
+        changed += "" if whole == [*body, *end] else f":{whole}"
+        return hashlib.sha256(f"{self.template.digest}:{end}{changed}".encode()).hexdigest()
 
     def _encode(self, texts: Sequence[str], *, control: bool) -> list[list[int]]:
         """Ids of each text; `control`: whether control tokens written out in it become control tokens."""
-        if not texts:
-            return []
-        encoded = self._tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            split_special_tokens=not control,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        return list(encoded["input_ids"])
+        return _encode(self._tokenizer, texts, control=control)
 
     def _checked(self, ids: Sequence[int], what: str) -> np.ndarray:
         array = np.asarray(ids, dtype=np.int64)
@@ -193,9 +186,29 @@ class ChatTokenizer:
         """Whether a control token of this tokenizer is written out in the text."""
         return self._control_text is not None and self._control_text.search(text) is not None
 
-    def lengths(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text, nothing added: for statistics."""
-        return [len(ids) for ids in self._encode(texts, control=False)]
+
+def _encode(tokenizer: Any, texts: Sequence[str], *, control: bool) -> list[list[int]]:
+    if not texts:
+        return []
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=not control,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return list(encoded["input_ids"])
+
+
+def token_counter(folder: Path) -> Callable[[Sequence[str]], list[int]]:
+    """Tokens of each text, nothing added, by the tokenizer of a folder: for statistics, whatever its template is.
+
+    Raises:
+        ConfigError: no such folder, no tokenizer in it, or one that loses text.
+    """
+    tokenizer = load_tokenizer(folder, chats=False)
+    return lambda texts: [len(ids) for ids in _encode(tokenizer, texts, control=False)]
 
 
 def _model_vocab_size(folder: Path) -> int:

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megafuse.bench.lengths import ByteRule, PromptLengths, read_lengths, widen
+from megafuse.bench.lengths import ByteRule, PromptLengths, TokenizerRule, read_lengths, widen
 from megafuse.bench.shapes import SHAPES, parameter_count, resolve_shape
 from megafuse.bench.synthetic import SyntheticGroups, group_terms
 from megafuse.data.dataset import GroupDataset
 from megafuse.errors import ConfigError
+from megafuse.testing.chat_families import CHAT_FAMILIES
 from megafuse.testing.tiny import write_tiny_dataset, write_tiny_llama
 
 # published sizes of the checkpoints; qwen2.5-7b: 7,615,616,512 less 28 layers of 3584 + 2 * 512 biases
@@ -47,6 +48,11 @@ def test_a_folder_and_an_unknown_shape(tmp_path: Path) -> None:
     assert resolve_shape(folder).num_layers == 4
     with pytest.raises(ConfigError, match=r"'llama-3.1-8' is neither .* did you mean llama-3.1-8b\? Shapes: tiny, "):
         resolve_shape(Path("llama-3.1-8"))
+
+
+def test_a_template_that_needs_settings_of_build(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="whatever its settings, as data"):
+        TokenizerRule(CHAT_FAMILIES["qwen_3_thinks"].write(tmp_path))
 
 
 def test_best_and_worst_of_each_source_by_bytes(tmp_path: Path) -> None:

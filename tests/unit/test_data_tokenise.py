@@ -5,6 +5,7 @@ import hashlib
 import json
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from megafuse.data.chat import lead_of, load_tokenizer
-from megafuse.data.tokenise import ChatTokenizer
+from megafuse.data.tokenise import ChatTokenizer, token_counter
 from megafuse.errors import ConfigError, DataError
 from megafuse.testing.chat_families import CHAT_FAMILIES
 from megafuse.testing.tokenizer import CHATML, make_tokenizer
@@ -73,7 +74,7 @@ def test_batches_equal_single_calls(tmp_path: Path) -> None:
     texts = ["", "a", ANSWER, "\u65e5\u672c\u8a9e \u2713", "x" * 3000]
     for one, many in zip(texts, tokenizer.answers(texts)):
         np.testing.assert_array_equal(tokenizer.answers([one])[0].whole, many.whole)
-    assert tokenizer.lengths(texts) == [len(a.body) for a in tokenizer.answers(texts)]
+    assert token_counter(tmp_path)(texts) == [len(a.body) for a in tokenizer.answers(texts)]
     assert tokenizer.answers([]) == [] and tokenizer.prompts([]) == []
 
 
@@ -117,6 +118,33 @@ def test_missing_template_and_override(tmp_path: Path) -> None:
     assert (found.template_digest, found.digest) == (same.template_digest, same.digest)
     with pytest.raises(ConfigError, match="not readable"):
         ChatTokenizer(path, chat_template=tmp_path / "absent.jinja")
+
+
+@pytest.mark.parametrize("name", ["qwen_3_thinks", "r1_distill_qwen"])
+def test_tokens_are_counted_whatever_the_template_is(name: str, tmp_path: Path) -> None:
+    """`data check` and `data report` have no settings for it, and need none."""
+    path = CHAT_FAMILIES[name].write(tmp_path)
+    with pytest.raises(ConfigError):
+        ChatTokenizer(path)
+    theirs = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    assert token_counter(path)([ANSWER, ""]) == [len(theirs(ANSWER, add_special_tokens=False)["input_ids"]), 0]
+    base, chat = folder(tmp_path / "base", None), folder(tmp_path / "chat")
+    assert token_counter(base)([ANSWER]) == token_counter(chat)([ANSWER])
+
+
+def test_templates_with_names(tmp_path: Path) -> None:
+    """Some folders hold several: the default one is taken."""
+    rules = CHAT_FAMILIES["qwen_2.5"]
+    others = [{"name": "rag", "template": "?"}, {"name": "tool_use", "template": "?"}]
+    for name, templates in (("a", others), ("b", [*others, {"name": "default", "template": rules.template}])):
+        file = rules.write(tmp_path / name) / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": templates}))
+    same = ChatTokenizer(rules.write(tmp_path / "c"))
+    assert ids(ChatTokenizer(tmp_path / "b").prompts([ASK])[0]) == ids(same.prompts([ASK])[0])
+    with pytest.raises(
+        ConfigError, match=r"no default specified.*\['rag', 'tool_use'\]\. Put the one to use in the folder"
+    ):
+        ChatTokenizer(tmp_path / "a")
 
 
 def test_missing_folder_and_tokenizer(tmp_path: Path) -> None:
@@ -220,6 +248,32 @@ def test_end_of_turn_of_several_tokens(tmp_path: Path) -> None:
     assert two.end_of_turn.tolist() == [2], "generation stops at the first control token"
 
 
+@pytest.mark.parametrize("end", ["\n", "\n\n", "\n### End", ".", "\n<|im_end|>"])
+def test_an_end_of_turn_that_melts_into_the_end_of_an_answer(tmp_path: Path, end: str) -> None:
+    """Qwen has one token for a full stop and a line break: neither is part of the other's text."""
+    path = CHAT_FAMILIES["qwen_2.5"].write(tmp_path)
+    tokenizer = ChatTokenizer(path, end_of_turn=end)
+    theirs = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    assert len(theirs(".\n", add_special_tokens=False)["input_ids"]) == 1
+    assert theirs.decode(tokenizer.end_of_turn) == end
+    texts = ["It is 42.", "It is", "a line.\n", "<|im_start|> it is.", "<|im_start|> it is"]
+    for text, answer in zip(texts, tokenizer.answers(texts)):
+        assert theirs.decode(answer.body) == text and theirs.decode(answer.whole) == text + end
+        # of an answer that spells out a control token, what stands behind that
+        plain = theirs(text.removeprefix("<|im_start|>") + end, add_special_tokens=False)["input_ids"]
+        assert answer.whole.tolist()[-len(plain) :] == plain
+
+
+def test_a_template_that_opens_no_answer(tmp_path: Path) -> None:
+    """Nothing stands before the answer, and so no blank of the tokenizer does."""
+    template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    path = replace(CHAT_FAMILIES["tinyllama"], template=template).write(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    (answer,) = ChatTokenizer(path).answers(["4 is it."])
+    question, whole = theirs(["What is it?", "What is it?4 is it.</s>"], add_special_tokens=False)["input_ids"]
+    assert [*question, *answer.whole] == whole
+
+
 def test_a_conversation_that_the_template_refuses(tmp_path: Path) -> None:
     strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
     tokenizer = ChatTokenizer(folder(tmp_path, strict))
@@ -314,6 +368,32 @@ def test_answers_that_hold_their_think_blocks(tmp_path: Path) -> None:
     assert theirs.decode(ids(opens.prompts([ASK])[0])).endswith("<|im_start|>assistant\n<think>\n")
 
 
+def test_a_think_block_keeps_its_blank_lines(tmp_path: Path) -> None:
+    """An empty one too: behind the prompt stands what was generated there."""
+    tokenizer = ChatTokenizer(folder(tmp_path, THINKS), thinking_in_answers=True)
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path), local_files_only=True)
+    for text in ("<think>\n\n</think>\n\nIt is 6.", "<think>\n\n  Six.\n</think>It is 6.", "<think>Six.</think>6"):
+        (found,) = tokenizer.answers([text])
+        assert theirs.decode(found.body) == text.removeprefix("<think>").removeprefix("\n")
+
+
+def test_a_prompt_that_closes_the_think_block_of_answers_that_hold_one(tmp_path: Path) -> None:
+    rules = CHAT_FAMILIES["qwen_3_thinks"]
+    with pytest.raises(ConfigError, match=r"(?s)closes the think block of every prompt.*enable_thinking = false out"):
+        ChatTokenizer(rules.write(tmp_path), template_kwargs={"enable_thinking": False}, thinking_in_answers=True)
+
+
+def test_think_blocks_of_control_tokens(tmp_path: Path) -> None:
+    """In answers that hold them they are those tokens; other control tokens are text."""
+    rules = CHAT_FAMILIES["qwen_3_thinks"]
+    path = replace(rules, words=(), control=(*rules.control, *rules.words)).write(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    text = "<think>\nSix.\n</think>\n\nIt is 6."
+    (found,) = ChatTokenizer(path, thinking_in_answers=True).answers([text])
+    assert found.body.tolist() == theirs(text, add_special_tokens=False)["input_ids"] and found.notes == ()
+    assert set(theirs.convert_tokens_to_ids(["<think>", "</think>"])) <= set(found.body.tolist())
+
+
 def test_what_a_template_leaves_out_of_an_answer_is_told(tmp_path: Path) -> None:
     tokenizer = ChatTokenizer(folder(tmp_path, body("{{ m.content.split('</think>')[-1] | trim }}<|im_end|>\n")))
     cut, whole = tokenizer.answers(["<think>Six.</think> It is 6.", " It is 6. "])
@@ -347,3 +427,14 @@ def test_data_sets_of_before_are_told_apart_where_their_tokens_differ(name: str,
     before = hashlib.sha256(f"{tokenizer.template.digest}:{tokenizer.end_of_turn.tolist()}".encode()).hexdigest()
     stray = name in ("mistral_0.1_older", "zephyr", "tinyllama", "chatml_on_llama_2", "yi")
     assert (tokenizer.template_digest != before) == stray
+
+
+@pytest.mark.parametrize(
+    ("end", "melts"), [("<|im_end|>", False), (" END", False), ("\n", True), ("\n<|im_end|>", True)]
+)
+def test_data_sets_of_before_are_told_apart_where_their_ends_differ(end: str, melts: bool, tmp_path: Path) -> None:
+    """That of before was encoded by itself."""
+    tokenizer = ChatTokenizer(CHAT_FAMILIES["qwen_2.5"].write(tmp_path), end_of_turn=end)
+    alone = tokenizer._encode([end], control=True)[0]
+    before = hashlib.sha256(f"{tokenizer.template.digest}:{alone}".encode()).hexdigest()
+    assert (tokenizer.template_digest != before) == melts

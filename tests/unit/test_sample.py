@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +21,11 @@ from megafuse.config.sample import SampleConfig
 from megafuse.data.chat import load_tokenizer
 from megafuse.errors import ConfigError, DataError
 from megafuse.sampling.client import ServerError
-from megafuse.sampling.engines import Generated, Request, prompt_tokens
-from megafuse.sampling.registry import REGISTRY
+from megafuse.sampling.engines import Generated, Request, VllmEngine, prompt_tokens
+from megafuse.sampling.registry import REGISTRY, SamplingParameters
 from megafuse.sampling.sample import parameters_of, sample, seed_of
 from megafuse.sampling.threads import in_threads
+from megafuse.testing.chat_families import CHAT_FAMILIES
 from megafuse.testing.server import ChatServer
 from megafuse.testing.tokenizer import CHATML, make_tokenizer
 
@@ -89,6 +91,44 @@ def test_responses_and_seeds(tmp_path: Path, domain: str, n: int) -> None:
             assert response["finish_reason"] == ("length" if seed % 2 else "stop")
             assert (response["source"], response["model"]) == ("me", "me")
     assert len(seeds) == 3 * n
+
+
+def test_system_messages_go_into_the_first_user_turn(tmp_path: Path) -> None:
+    """What the source is asked; the output keeps the conversation as it was."""
+    prompts = tmp_path / "p.jsonl"
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    prompts.write_text(json.dumps({"prompt_id": "p", "messages": messages}) + "\n")
+    for name, want in (("template", "Why?"), ("first_user_turn", "Be brief.\n\nWhy?")):
+        out = tmp_path / f"{name}.jsonl"
+        sample(config(prompts, out, system_messages=name, n=1), engine=Echo())
+        (row,) = read(out)
+        assert row["responses"][0]["text"] == f"{want} {seed_of(0, 'me', 'p', 0)}" and row["messages"] == messages
+
+
+def test_the_blank_of_the_template_is_taken_from_what_vllm_gives_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One blank, where the template writes it before an answer, and none elsewhere."""
+
+    class Llm:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def reset_prefix_cache(self) -> None: ...
+
+        def generate(self, prompts: list[Any], *_: Any, **__: Any) -> list[Any]:
+            texts = ["  It is 6.", "It is 6."]
+            one = [SimpleNamespace(text=text, finish_reason="stop", token_ids=[1]) for text in texts]
+            return [SimpleNamespace(outputs=[output]) for output, _ in zip(one, prompts)]
+
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE", "VLLM_NO_USAGE_STATS"):
+        monkeypatch.setenv(name, "0")  # so that the engine's own setting ends with the test
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Llm, SamplingParams=SimpleNamespace))
+    asked = [Request("p", [{"role": "user", "content": "Why?"}], seed) for seed in (0, 1)]
+    for name, want in (("mistral_0.3", " It is 6."), ("qwen_2.5", "  It is 6.")):
+        folder = CHAT_FAMILIES[name].write(tmp_path / name)
+        cpu = {"tensor_parallel": 1, "dtype": "float32", "gpu_memory": 0.9, "cpu_cache_gib": 1}
+        engine = VllmEngine(folder, SamplingParameters(), max_tokens=8, max_model_len=512, **cpu)
+        assert [generated.text for generated in engine.generate(asked)] == [want, "It is 6."]
 
 
 def test_other_prompts_do_not_change_a_prompts_seeds(tmp_path: Path) -> None:

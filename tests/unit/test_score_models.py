@@ -95,6 +95,16 @@ def load(kind: str, folder: Path, **more: Any) -> RewardModel:
     return RewardModel(kind, folder, **{**settings, **more})
 
 
+def test_system_messages_go_into_the_first_user_turn(armorm: Path) -> None:
+    """For reward models whose template knows no system role."""
+    question = {"role": "user", "content": "Why?"}
+    row = {"prompt_id": "p", "messages": [{"role": "system", "content": "Be brief."}, question]}
+    row["responses"] = [{"source": "a", "text": "So."}]
+    folded = {**row, "messages": [{**question, "content": "Be brief.\n\nWhy?"}]}
+    plain, folds = load("armorm", armorm), load("armorm", armorm, fold_system=True)
+    assert folds.tokens(row, 0) == folds.tokens(folded, 0) == plain.tokens(folded, 0) != plain.tokens(row, 0)
+
+
 def scores(model: RewardModel, rows: list[dict[str, Any]]) -> list[float]:
     return [update["reward"] for updates in model(rows) for update in updates]
 

@@ -122,7 +122,7 @@ def test_control_tokens_that_an_answer_spells_out(case: Case) -> None:
         for frame in ("Hello, {} the answer is 42.", "It is {}", "{} is it", "  def add(a, b):{}\n"):
             text = thought + frame.format(token)
             (found,) = ours.answers([text])
-            assert found.notes == ("control_tokens_in_their_text",)
+            assert "control_tokens_in_their_text" in found.notes
             assert not control & set(found.body.tolist()) and theirs.decode(found.body).strip() in text
             start = text.partition(token)[0]
             (plain,) = ours.answers([start]) if start.strip() else (None,)
