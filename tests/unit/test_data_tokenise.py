@@ -398,6 +398,7 @@ def test_answers_that_hold_their_think_blocks(tmp_path: Path) -> None:
         found = tokenizer.answers(texts)
         assert [answer.dropped for answer in found] == ["", "", "no_thinking", "no_thinking"]
         assert [theirs.decode(answer.whole) for answer in found[:2]] == [want + "<|im_end|>"] * 2
+        assert [answer.notes for answer in found[:2]] == [(), ()]  # an opening tag that the prompt has is not left out
     assert theirs.decode(ids(opens.prompts([ASK])[0])).endswith("<|im_start|>assistant\n<think>\n")
 
 
