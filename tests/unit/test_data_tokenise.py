@@ -14,6 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from megafuse.data.chat import lead_of, load_tokenizer
+from megafuse.data.render import folded as folded_messages
 from megafuse.data.tokenise import ChatTokenizer, token_counter
 from megafuse.errors import ConfigError, DataError
 from megafuse.testing.chat_families import CHAT_FAMILIES
@@ -297,6 +298,23 @@ def test_a_prompt_that_changes_once_it_is_answered(tmp_path: Path) -> None:
     assert isinstance(found, DataError) and "this conversation differently: it ends with" in str(found)
 
 
+def test_an_answer_that_the_template_writes_otherwise(tmp_path: Path) -> None:
+    """Whatever it writes before or behind one answer only: it is not what the model would generate there."""
+    behind = body("{{ m.content }}<|im_end|>\n{% if m.content == 'y' %}Sure{% endif %}")
+    found = ChatTokenizer(folder(tmp_path / "behind", behind)).answers(["It is 6.", "y"])
+    assert [answer.dropped for answer in found] == ["", "template_refuses_it"]
+    qwen = CHAT_FAMILIES["qwen_3_answers"]
+    tokenizer = ChatTokenizer(qwen.write(tmp_path / "qwen"), template_kwargs=qwen.kwargs)
+    (thought,) = tokenizer.answers(["<think>\nSix.\n</think>\n\nIt is 6."])
+    assert thought.dropped == "template_refuses_it" and not len(thought.whole)
+
+
+def test_answers_of_white_space_are_none(tmp_path: Path) -> None:
+    """Also where the template would write them."""
+    found = ChatTokenizer(folder(tmp_path)).answers(["", " ", "\n\t\u3000", "\u200b"])
+    assert [answer.dropped for answer in found] == ["no_token"] * 3 + [""]
+
+
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
@@ -314,6 +332,9 @@ def test_a_template_that_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     rung: list[int] = []
     handler = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
     try:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        tokenizer.prompts([ASK])
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
         signal.setitimer(signal.ITIMER_REAL, 0.05)
         tokenizer.prompts([[{"role": "user", "content": "loop"}]])
         deadline = time.monotonic() + 30
@@ -323,6 +344,16 @@ def test_a_template_that_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
     assert rung
+
+
+def test_a_tokenizer_that_gives_back_one_blank_more(tmp_path: Path) -> None:
+    """Some of the SentencePiece kind do not take away the blank that they put before a text."""
+    path = CHAT_FAMILIES["tinyllama"].write(tmp_path)
+    file = path / "tokenizer.json"
+    core = json.loads(file.read_text())
+    core["decoder"]["decoders"] = [part for part in core["decoder"]["decoders"] if part["type"] != "Strip"]
+    file.write_text(json.dumps(core))
+    assert load_tokenizer(path).decode(load_tokenizer(path)("It is")["input_ids"]) == " It is"
 
 
 def test_a_tokenizer_that_loses_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,6 +376,8 @@ def test_a_system_message_becomes_the_beginning_of_the_question(tmp_path: Path) 
     folded = [{"role": "user", "content": "Be brief.\n\nWhat is it?"}]
     found = tokenizer.prompts([system, folded, [{"role": "system", "content": ""}, *ASK], ASK])
     assert ids(found[0]) == ids(found[1]) and ids(found[2]) == ids(found[3])
+    for others in ([], [{"role": "assistant", "content": "Hello."}, *ASK]):  # nowhere to put it
+        assert folded_messages([system[0], *others]) == [system[0], *others]
     (refused,) = ChatTokenizer(tmp_path).prompts([system])
     assert isinstance(refused, DataError) and 'set system_messages = "first_user_turn"' in str(refused)
 
@@ -359,12 +392,13 @@ def test_answers_that_hold_their_think_blocks(tmp_path: Path) -> None:
     opens = ChatTokenizer(tmp_path / "r1", thinking_in_answers=True)
     plain = ChatTokenizer(folder(tmp_path / "qwen"), thinking_in_answers=True)
     theirs = AutoTokenizer.from_pretrained(str(tmp_path / "qwen"), local_files_only=True)
-    texts = ["<think>\nSix.\n</think>\n\nIt is 6. ", "Six.\n</think>\n\nIt is 6. ", "It is 6.", "<think>\nSix, or"]
+    texts = ["\n<think>\nSix.\n</think>\n\nIt is 6. ", "Six.\n</think>\n\nIt is 6. ", "It is 6.", "<think>\nSix, or"]
     inside = "Six.\n</think>\n\nIt is 6. "
     for tokenizer, want in ((opens, inside), (plain, f"<think>\n{inside}")):
         found = tokenizer.answers(texts)
         assert [answer.dropped for answer in found] == ["", "", "no_thinking", "no_thinking"]
         assert [theirs.decode(answer.whole) for answer in found[:2]] == [want + "<|im_end|>"] * 2
+        assert [answer.notes for answer in found[:2]] == [(), ()]  # an opening tag that the prompt has is not left out
     assert theirs.decode(ids(opens.prompts([ASK])[0])).endswith("<|im_start|>assistant\n<think>\n")
 
 
