@@ -23,6 +23,7 @@ LONGEST = (
     "faults/test_resume.py",
     "faults/test_guards.py",
     "faults/test_allow_change.py",
+    "faults/test_allow_change.py",
     "distributed/test_relayout.py",
     "kernels/test_logprob_tp.py",
     "kernels/test_triton_aot.py",
