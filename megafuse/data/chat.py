@@ -32,8 +32,12 @@ TEMPLATE_ADVICE = "in the folder, as chat_template.jinja; `build` and `sample` t
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
-def load_tokenizer(folder: Path, chat_template: Path | None = None, *, chats: bool = True) -> Any:
+def load_tokenizer(
+    folder: Path, chat_template: Path | None = None, *, chats: bool = True, may_lose_text: bool = False
+) -> Any:
     """The tokenizer of a Hugging Face folder: local files only, never remote code.
+
+    may_lose_text: take one whose ids do not spell every text, as some reward models were trained with.
 
     Raises:
         ConfigError: no such folder, no tokenizer in it, one that loses text, or, where it `chats`, no chat template
@@ -51,7 +55,7 @@ def load_tokenizer(folder: Path, chat_template: Path | None = None, *, chats: bo
                 f"tokenizer: {folder} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there"
             ) from None
         raise ConfigError(f"tokenizer: {folder} has no loadable tokenizer: {type(e).__name__}: {e}") from e
-    tokenizer = _lossless(tokenizer, folder)
+    tokenizer = _lossless(tokenizer, folder, may_lose_text)
     if chat_template is not None:
         try:
             tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
@@ -62,14 +66,14 @@ def load_tokenizer(folder: Path, chat_template: Path | None = None, *, chats: bo
     return tokenizer
 
 
-def _lossless(tokenizer: Any, folder: Path) -> Any:
+def _lossless(tokenizer: Any, folder: Path, may_lose_text: bool) -> Any:
     """`tokenizer`, or that of tokenizer.json as it stands, where the class of `tokenizer` makes something else of it.
 
     transformers 5 before 5.22 rebuilds every tokenizer whose class is Llama's, and then a byte-level vocabulary
     (R1-Distill) has no blanks: every answer would be trained in other words, and no loss would tell.
 
     Raises:
-        ConfigError: the ids of neither spell the text.
+        ConfigError: the ids of neither spell the text, and none `may_lose_text`.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -80,6 +84,8 @@ def _lossless(tokenizer: Any, folder: Path) -> Any:
         plain = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         if _there_and_back(plain) == _ROUND_TRIP:
             return plain
+    if may_lose_text:
+        return tokenizer
     raise ConfigError(
         f"tokenizer: {folder} loses text: {_ROUND_TRIP!r} comes back from its ids as {text!r}. Update transformers and "
         f"tokenizers, or repair the files: the class is {type(tokenizer).__name__}"

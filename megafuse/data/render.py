@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from megafuse.errors import DataError
+from megafuse.errors import ConfigError, DataError
 
 Messages = Sequence[Mapping[str, str]]
 RENDER_SECONDS = 5.0
@@ -50,13 +50,19 @@ def render(tokenizer: Any, messages: Messages, *, generate: bool, kwargs: Mappin
     """The text of a conversation; `generate`: with what the template writes before an answer.
 
     Raises:
-        DataError: the template fails, whatever it raises, or takes longer than RENDER_SECONDS.
+        DataError: the template fails, whatever it raises.
+        ConfigError: it takes longer than RENDER_SECONDS: with thousands of such conversations to come, that is the end.
     """
     try:
         with _time_limit(RENDER_SECONDS):
             text = tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=generate, **(kwargs or {})
             )
+    except TimeoutError as e:
+        begin = messages[0]["content"][:60]
+        raise ConfigError(
+            f"the chat template loops: {e}, for the conversation that begins with {begin!r}. Repair it, or give another"
+        ) from None
     except Exception as e:  # a template can raise anything: 1 / 0, a missing key, endless recursion
         told = str(e) if type(e).__name__ == "TemplateError" else f"{type(e).__name__}: {e}"
         hint = ""

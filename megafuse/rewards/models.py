@@ -71,7 +71,7 @@ class RewardModel:
     ) -> None:
         self.folder, self.batch_tokens, self.max_length, self.device = folder, batch_tokens, max_length, device
         self.fold_system = fold_system
-        self.tokenizer: Any = load_tokenizer(folder)
+        self.tokenizer: Any = load_tokenizer(folder, may_lose_text=True)
         self.model: ArmoRM | Classifier
         if kind == "armorm":
             self.model = ArmoRM(folder, self.tokenizer, dtype=dtype, device=device)

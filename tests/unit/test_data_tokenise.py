@@ -321,14 +321,18 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% end
 def test_a_template_that_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is stopped, wherever it begins to loop, and an alarm that was set before goes off all the same."""
     monkeypatch.setattr("megafuse.data.render.RENDER_SECONDS", 0.2)
-    with pytest.raises(ConfigError, match=r"fails on a user message.*TimeoutError: it did not end within 0\.2 s"):
+    with pytest.raises(ConfigError, match=r"template loops: it did not end within 0\.2 s, .* begins with 'What is 6"):
         ChatTokenizer(folder(tmp_path / "always", CHATML + LOOP))
     tokenizer = ChatTokenizer(
         folder(tmp_path / "sometimes", "{% if 'loop' in messages[-1].content %}" + LOOP + "{% endif %}" + CHATML)
     )
-    fine, refused = tokenizer.prompts([ASK, [{"role": "user", "content": "loop"}]])
-    assert ids(fine) and isinstance(refused, DataError) and "did not end within" in str(refused)
-    assert tokenizer.answers(["loop"])[0].dropped == "template_refuses_it"
+    assert ids(tokenizer.prompts([ASK])[0])
+    for act in (
+        lambda: tokenizer.prompts([[{"role": "user", "content": "loop"}]]),
+        lambda: tokenizer.answers(["loop"]),
+    ):
+        with pytest.raises(ConfigError, match="template loops"):
+            act()
     rung: list[int] = []
     handler = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
     try:
@@ -336,7 +340,8 @@ def test_a_template_that_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         tokenizer.prompts([ASK])
         assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
         signal.setitimer(signal.ITIMER_REAL, 0.05)
-        tokenizer.prompts([[{"role": "user", "content": "loop"}]])
+        with pytest.raises(ConfigError, match="template loops"):
+            tokenizer.prompts([[{"role": "user", "content": "loop"}]])
         deadline = time.monotonic() + 30
         while not rung and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -363,6 +368,7 @@ def test_a_tokenizer_that_loses_text(tmp_path: Path, monkeypatch: pytest.MonkeyP
     file.write_text(json.dumps(json.loads(file.read_text()) | {"pre_tokenizer": None}))
     with pytest.raises(ConfigError, match=r"(?s)loses text: \"It is far, .* comes back from its ids as \"Itisfar,"):
         ChatTokenizer(broken)
+    assert load_tokenizer(broken, may_lose_text=True)  # a reward model that was trained so
     right = ChatTokenizer(sound).answers([ANSWER])[0].whole
     load = AutoTokenizer.from_pretrained
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda path, **kwargs: load(str(broken), **kwargs))

@@ -18,9 +18,11 @@ from transformers import (
     LlamaModel,
 )
 
+from megafuse.config.score import ScoreConfig
 from megafuse.errors import ConfigError, DataError
 from megafuse.rewards.armorm import ARCHITECTURE
 from megafuse.rewards.models import RewardModel
+from megafuse.rewards.score import _reward_model
 from megafuse.testing.tokenizer import make_tokenizer
 
 LLAMA3 = (
@@ -95,7 +97,7 @@ def load(kind: str, folder: Path, **more: Any) -> RewardModel:
     return RewardModel(kind, folder, **{**settings, **more})
 
 
-def test_system_messages_go_into_the_first_user_turn(armorm: Path) -> None:
+def test_system_messages_go_into_the_first_user_turn(armorm: Path, tmp_path: Path) -> None:
     """For reward models whose template knows no system role."""
     question = {"role": "user", "content": "Why?"}
     row = {"prompt_id": "p", "messages": [{"role": "system", "content": "Be brief."}, question]}
@@ -103,6 +105,9 @@ def test_system_messages_go_into_the_first_user_turn(armorm: Path) -> None:
     folded = {**row, "messages": [{**question, "content": "Be brief.\n\nWhy?"}]}
     plain, folds = load("armorm", armorm), load("armorm", armorm, fold_system=True)
     assert folds.tokens(row, 0) == folds.tokens(folded, 0) == plain.tokens(folded, 0) != plain.tokens(row, 0)
+    files = {"inputs": (tmp_path / "in.jsonl",), "output": tmp_path / "out.jsonl", "model": armorm, "device": "cpu"}
+    asked: Any = _reward_model(ScoreConfig(system_messages="first_user_turn", **files))
+    assert asked.tokens(row, 0) == folds.tokens(row, 0)
 
 
 def scores(model: RewardModel, rows: list[dict[str, Any]]) -> list[float]:
