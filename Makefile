@@ -2,7 +2,7 @@
 #
 #   make quickstart              FuseSFT and FusePO of a small model, here, in minutes (DATA=file.jsonl.gz: your answers)
 #   make test                    lint, types, every test
-#   make test-quick              lint, types and the unit tests, within five minutes on two cores
+#   make test-quick              lint, types and the unit tests, in about five minutes on two cores
 #
 # All first make .venv from constraints.txt, the tested versions (PYTHON=... picks the interpreter, 3.10 or newer).
 # Also: make venv, make lint, make clean; make te-check, Transformer Engine's layers without a GPU (nvcc, 8 GB, ten
