@@ -248,13 +248,13 @@ class ChatTemplate:
 
     def _way_in(self) -> str:
         """What to do about a template that does not write an answer behind its prompt."""
-        advice = f"Put a repaired one {TEMPLATE_ADVICE}"
+        repaired = f"put a repaired one {TEMPLATE_ADVICE}"
         if THINK not in self.source:
-            return f"Set template_kwargs of `build` where the template has a variable for it, or p{advice[1:]}"
+            return f"Set template_kwargs of `build` where the template has a variable for it, or {repaired}"
         return (
             "For a target that is not to think, set template_kwargs of `build` (enable_thinking = false for Qwen 3); "
             'for one that thinks, thinking = "in_answers", with answers that hold their think blocks. Or '
-            f"p{advice[1:]}"
+            f"{repaired}"
         )
 
 

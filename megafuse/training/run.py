@@ -150,8 +150,9 @@ class _Run:
         config, topology = self.config, self.topology
         model = build_model(self.arch, config.parallel, topology, self.backend, recompute=config.model.recompute)
         self._say(f"world {topology.world_size} on {topology.device.type}, {self.backend}, {total} steps")
-        for warning in warnings_of(self.data, self.arch, config.model.path):
-            self._say(warning)
+        if topology.rank == 0:  # reads the vocabulary files
+            for warning in warnings_of(self.data, self.arch, config.model.path):
+                self._say(warning)
         reference = self.given
         if reference is None:
             reference = self._reference(model, keeper, self.data, self.planner, REFERENCE)
