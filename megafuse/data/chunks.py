@@ -23,7 +23,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from megafuse.data.jsonpos import column
+from megafuse.data.jsonpos import column, dotted
 from megafuse.data.reader import RecordReader, file_digest, raw_lines
 from megafuse.data.records import BadRecord, Form, Rules
 from megafuse.errors import DataError
@@ -56,8 +56,9 @@ def read_raw(path: Path, form: Form, *, replaced: Collection[str] | None = None)
         kept = {k: v for k, v in records[-1].items() if form != "prompts" or k != "responses"}
         if found := _nonfinite(kept, replaced):
             where, value = found
-            name = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in where).removeprefix(".")
-            reason = f"{name}: must be finite, got {value}: JSON has no such number, and it would be written again"
+            reason = (
+                f"{dotted(where)}: must be finite, got {value}: JSON has no such number, and it would be written again"
+            )
             reader.bad(BadRecord(str(path), line, column(text, where), reason), raw)
     reader.raise_errors()
     return records

@@ -8,6 +8,11 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 
 
+def dotted(path: tuple[str | int, ...]) -> str:
+    """The path as messages write it: `responses[3].reward`."""
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).removeprefix(".")
+
+
 def column(text: str, path: tuple[str | int, ...]) -> int:
     """The 1-based column of the value at `path`, e.g. `("responses", 3, "reward")`.
 

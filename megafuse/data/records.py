@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megafuse.data.jsonpos import column
+from megafuse.data.jsonpos import column, dotted
 from megafuse.errors import ConfigError
 
 Form = Literal["prompts", "responses", "scored"]
@@ -111,7 +111,7 @@ def parse_record(raw: bytes, rules: Rules, *, file: str = "", line: int = 0) -> 
     try:
         return _record(record, rules, file, line)
     except _FieldError as e:
-        where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in e.path).removeprefix(".")
+        where = dotted(e.path)
         raise RecordError(f"{where}: {e.reason}" if where else e.reason, column(text, e.path)) from None
 
 
